@@ -1,0 +1,427 @@
+"""Every setting of a run: the typed schema, the only home of defaults, and the checks that need nothing but the config.
+
+Sizes of the paper's recipes live in `configs/`; defaults here are those of the published code (arXiv:2104.14294 and its
+public implementation) for a ViT-S/16, except where a comment says otherwise. `config_file.py` reads and merges files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from dino_dist.durations import Duration
+from dino_dist.errors import UserError
+
+
+def _number(
+    default: float, *, at_least: float | None = None, above: float | None = None, at_most: float | None = None
+) -> Any:
+    return field(default=default, metadata={"at_least": at_least, "above": above, "at_most": at_most})
+
+
+def _duration(default: str | None) -> Any:
+    return field(default=default, metadata={"duration": True})
+
+
+def _interval(low: float, high: float) -> Any:
+    return field(default=(low, high), metadata={"interval": True})
+
+
+_PROBABILITY = {"at_least": 0.0, "at_most": 1.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSection:
+    """Where a run lives and what makes it repeatable."""
+
+    dir: str = "runs/dino"
+    """Run folder; starting again on the same folder resumes."""
+    seed: int = _number(0, at_least=0, at_most=2**32 - 1)
+    """Initial weights, order, crops and drop path are pure functions of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSection:
+    """WebDataset tar shards and how they are read."""
+
+    train: str = ""
+    """A folder of .tar shards, a brace or glob pattern, or a manifest; indexed on first use."""
+    eval_train: str | None = None
+    """Labelled shards whose features vote in k-NN; null: no k-NN."""
+    eval_test: str | None = None
+    """Labelled shards that k-NN classifies; null: no k-NN."""
+    num_workers: int = _number(4, at_least=0)
+    """Decoding processes a rank; 0 decodes in the training process."""
+    prefetch_steps: int = _number(2, at_least=1)
+    """Batches each worker holds ready: bounds memory."""
+    shards_per_block: int = _number(16, at_least=1)
+    """Samples are shuffled within blocks of this many shuffled shards; larger is more random, smaller seeks less."""
+    max_bad_fraction: float = _number(0.001, **_PROBABILITY)
+    """The run stops once more than this share of an epoch (or of all samples so far, if more) could not be decoded."""
+    max_member_mib: float = _number(64.0, above=0)
+    """Larger files in a shard are refused before they are read."""
+    max_image_mpx: float = _number(100.0, above=0)
+    """Larger images (megapixels) are refused before they are decoded."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Subtracted from RGB in [0, 1] (ImageNet's)."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Divides after the mean is subtracted (ImageNet's)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    """The backbone."""
+
+    arch: Literal["vit_tiny", "vit_small", "vit_base", "vit_large"] = "vit_small"
+    """Width, depth and heads; the next three fields override them one by one."""
+    embed_dim: int | None = None
+    """Width of a token; null: the architecture's."""
+    depth: int | None = None
+    """Number of blocks; null: the architecture's."""
+    num_heads: int | None = None
+    """Attention heads; null: the architecture's."""
+    patch_size: int = _number(16, at_least=1)
+    """Side of a patch in px; divides every crop's side."""
+    drop_path: float = _number(0.1, at_least=0.0, at_most=0.9)
+    """Probability that the student's last block skips a branch; grows linearly from 0 at the first. Not in the teacher."""
+    attention: Literal["auto", "xformers", "sdpa", "explicit"] = "auto"
+    """auto: xformers where it works (CUDA), else torch's scaled_dot_product_attention."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSection:
+    """The projection head."""
+
+    num_prototypes: int = _number(65536, at_least=2)
+    """K, the output dimension."""
+    hidden_dim: int = _number(2048, at_least=1)
+    """Width of the hidden layers."""
+    bottleneck_dim: int = _number(256, at_least=1)
+    """Width of the normalised layer before the prototypes."""
+    num_layers: int = _number(3, at_least=1)
+    """Linear layers before the prototypes."""
+    batch_norm: bool = False
+    """Batch norm after each hidden layer, with statistics over all ranks."""
+    norm_last_layer: bool = True
+    """Keep the prototypes' norms (weight_g) at 1; false trains the student's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentSection:
+    """Multi-crop (arXiv:2104.14294, appendix E; order and ranges of the published code)."""
+
+    global_px: int = _number(224, at_least=1)
+    """Side of the two global crops."""
+    local_px: int = _number(96, at_least=1)
+    """Side of the local crops."""
+    local_crops: int = _number(8, at_least=0)
+    """Number of local crops."""
+    global_scale: tuple[float, float] = _interval(0.4, 1.0)
+    """Share of the image's area a global crop covers."""
+    local_scale: tuple[float, float] = _interval(0.05, 0.4)
+    """Share of the image's area a local crop covers."""
+    flip_p: float = _number(0.5, **_PROBABILITY)
+    """Horizontal flip."""
+    jitter_p: float = _number(0.8, **_PROBABILITY)
+    """Colour jitter of the four strengths below, in a random order."""
+    brightness: float = _number(0.4, **_PROBABILITY)
+    """Factor from [1 - x, 1 + x]."""
+    contrast: float = _number(0.4, **_PROBABILITY)
+    """Factor from [1 - x, 1 + x]."""
+    saturation: float = _number(0.2, **_PROBABILITY)
+    """Factor from [1 - x, 1 + x]."""
+    hue: float = _number(0.1, at_least=0.0, at_most=0.5)
+    """Shift from [-x, x] of a full turn."""
+    gray_p: float = _number(0.2, **_PROBABILITY)
+    """Grayscale."""
+    blur_global_1_p: float = _number(1.0, **_PROBABILITY)
+    """Gaussian blur of the first global crop."""
+    blur_global_2_p: float = _number(0.1, **_PROBABILITY)
+    """Gaussian blur of the second global crop."""
+    blur_local_p: float = _number(0.5, **_PROBABILITY)
+    """Gaussian blur of a local crop."""
+    blur_sigma_px: tuple[float, float] = _interval(0.1, 2.0)
+    """Range of the blur's radius (PIL's word for sigma)."""
+    solarize_global_2_p: float = _number(0.2, **_PROBABILITY)
+    """Invert bright pixels of the second global crop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSection:
+    """Temperatures and center."""
+
+    student_temp: float = _number(0.1, above=0)
+    """Sharpens the student's prediction."""
+    teacher_temp: float = _number(0.04, above=0)
+    """Sharpens the teacher's target after the warm-up."""
+    warmup_teacher_temp: float = _number(0.04, above=0)
+    """Sharpens the teacher's target at the start."""
+    warmup_teacher_temp_length: str = _duration("0ep")
+    """Linear warm-up; given in epochs it moves once an epoch, as published, else every step."""
+    center_momentum: float = _number(0.9, **_PROBABILITY)
+    """Share of the old center that a step keeps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSection:
+    """How long, how much at once, in which precision."""
+
+    length: str = _duration("100ep")
+    """Length of the run."""
+    batch_size: int = _number(1024, at_least=1)
+    """Images a step over all ranks; the result does not depend on how many ranks share them."""
+    accumulate: int = _number(1, at_least=1)
+    """Parts in which a rank works through its share of a step; center and EMA still move once a step."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is one."""
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
+    """Of the compute; master weights stay fp32. auto: bf16 on GPUs that have it, else fp32. fp64 is for proofs."""
+    compile: bool = False
+    """torch.compile, block by block."""
+    deterministic: bool = False
+    """Refuse operations that are not repeatable to the last bit (on CPU nothing needs refusing)."""
+    non_finite_patience: int = _number(5, at_least=1)
+    """Steps in a row with a non-finite loss or gradient that are skipped before the run stops."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSection:
+    """Optimizer, schedules and clipping."""
+
+    name: Literal["adamw", "sgd", "lars"] = "adamw"
+    """The update rule."""
+    lr: float = _number(5e-4, at_least=0)
+    """Peak learning rate of 256 images a step; scaled by batch_size / lr_reference_batch."""
+    lr_reference_batch: int = _number(256, at_least=1)
+    """Batch for which `lr` is given (linear scaling rule)."""
+    lr_final: float = _number(1e-6, at_least=0)
+    """Where the cosine ends; not scaled with the batch."""
+    warmup: str = _duration("10ep")
+    """Linear warm-up of the learning rate from 0."""
+    weight_decay: float = _number(0.04, at_least=0)
+    """At the start; biases and norms have none."""
+    weight_decay_final: float = _number(0.4, at_least=0)
+    """Where the cosine ends."""
+    beta1: float = _number(0.9, **_PROBABILITY)
+    """AdamW."""
+    beta2: float = _number(0.999, **_PROBABILITY)
+    """AdamW."""
+    eps: float = _number(1e-8, above=0)
+    """AdamW."""
+    momentum: float = _number(0.9, **_PROBABILITY)
+    """SGD and LARS."""
+    trust_coefficient: float = _number(0.001, above=0)
+    """LARS."""
+    clip: float = _number(3.0, at_least=0)
+    """Largest gradient norm; 0: no clipping."""
+    clip_scope: Literal["parameter", "global"] = "parameter"
+    """parameter: each tensor on its own, as published; global: all as one vector."""
+    freeze_last_layer: str = _duration("1ep")
+    """The prototypes do not move for this long (whole epochs, as published, if given in epochs)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaSection:
+    """The teacher."""
+
+    momentum: float = _number(0.996, **_PROBABILITY)
+    """Share of the old teacher that a step keeps, at the start."""
+    momentum_final: float = _number(1.0, **_PROBABILITY)
+    """Where the cosine ends."""
+    all_reduce_every: str = _duration("100st")
+    """How often replicas compare their teachers; 0 in a healthy run, else all take replica 0's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSection:
+    """What a run can come back to."""
+
+    every: str = _duration("1000st")
+    """Between saves; one more at the end and on a stop signal."""
+    keep: int = _number(2, at_least=1)
+    """Newest checkpoints kept."""
+    keep_every: str | None = _duration(None)
+    """Besides, keep those at multiples of this; null: none."""
+    async_save: bool = True
+    """Write in the background; the step waits only for a copy to CPU memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsSection:
+    """What a run says about itself."""
+
+    every: str = _duration("10st")
+    """Between rows of metrics.jsonl and TensorBoard; the only steps that wait for the device."""
+    tensorboard: bool = True
+    """Write TensorBoard event files beside metrics.jsonl."""
+    pictures_every: str = _duration("1000st")
+    """Between attention maps and histograms in TensorBoard."""
+    profile_at: str | None = _duration(None)
+    """Trace a window of steps from here with torch.profiler; null: never."""
+    profile_steps: int = _number(3, at_least=1)
+    """Length of the profiler's window."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSection:
+    """k-NN on the teacher's features (protocol of the published eval_knn)."""
+
+    knn_every: str | None = _duration(None)
+    """Between k-NN evaluations during training; null: only at the end."""
+    knn_k: tuple[int, ...] = (10, 20)
+    """Numbers of neighbours."""
+    knn_temperature: float = _number(0.07, above=0)
+    """A neighbour votes with exp(cosine / temperature)."""
+    resize_px: int = _number(256, at_least=1)
+    """Short side after resizing."""
+    crop_px: int = _number(224, at_least=1)
+    """Side of the center crop."""
+    batch_size: int = _number(64, at_least=1)
+    """Images a rank puts through the network at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelSection:
+    """How ranks share the work; none of it changes the result beyond rounding."""
+
+    strategy: Literal["fsdp", "hsdp", "ddp", "oss", "none"] = "fsdp"
+    """fsdp: shard over all ranks; hsdp: shard within, replicate across groups; ddp: replicate; oss: replicate, with
+    fairscale's optimizer state sharding; none: one rank, no wrapping."""
+    replicate: int = _number(0, at_least=0)
+    """hsdp: number of replicas; 0: one a node."""
+    blocks_per_group: int = _number(1, at_least=1)
+    """Transformer blocks gathered together; per-block groups halve the speed of a very small model."""
+    activation_checkpointing: Literal["none", "torch", "fairscale", "fairscale_offload"] = "none"
+    """Recompute each block in the backward pass; fairscale_offload keeps the blocks' inputs in CPU memory."""
+    threads_per_rank: int = _number(1, at_least=1)
+    """CPU threads of a rank; changes the last bits of a CPU result."""
+    timeout_start_s: float = _number(1800.0, above=0)
+    """Longest wait for another rank before the first step is done (indexing, compiling)."""
+    timeout_s: float = _number(300.0, above=0)
+    """Longest wait for another rank afterwards."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All settings of a run."""
+
+    run: RunSection = field(default_factory=RunSection)
+    data: DataSection = field(default_factory=DataSection)
+    model: ModelSection = field(default_factory=ModelSection)
+    head: HeadSection = field(default_factory=HeadSection)
+    augment: AugmentSection = field(default_factory=AugmentSection)
+    loss: LossSection = field(default_factory=LossSection)
+    train: TrainSection = field(default_factory=TrainSection)
+    optim: OptimSection = field(default_factory=OptimSection)
+    ema: EmaSection = field(default_factory=EmaSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    metrics: MetricsSection = field(default_factory=MetricsSection)
+    eval: EvalSection = field(default_factory=EvalSection)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+
+
+MAY_CHANGE_ON_RESUME = (
+    *("run.dir", "data.num_workers", "data.prefetch_steps", "data.eval_", "train.accumulate"),
+    *("checkpoint.", "metrics.", "eval.", "parallel."),
+)
+"""Prefixes of the keys that a resumed run may set otherwise: they change no result beyond rounding."""
+
+
+def leaves(config: Config) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Every setting as (`section.field`, value, its limits)."""
+    for section in fields(config):
+        values = getattr(config, section.name)
+        for item in fields(values):
+            yield f"{section.name}.{item.name}", getattr(values, item.name), dict(item.metadata)
+
+
+def check(config: Config) -> None:
+    """Raise `UserError` for a value out of range or a combination that cannot work at any world size."""
+    for key, value, limits in leaves(config):
+        _check_leaf(key, value, limits)
+    _check_sizes(config)
+    if not config.data.train:
+        raise UserError(
+            "data.train is missing: give a folder of .tar shards, a pattern or a manifest (data.train=PATH)"
+        )
+    if (config.data.eval_train is None) != (config.data.eval_test is None):
+        raise UserError("data.eval_train and data.eval_test go together: give both or neither")
+    if config.head.batch_norm and config.train.accumulate > 1:
+        raise UserError(
+            f"head.batch_norm=true cannot go with train.accumulate={config.train.accumulate}: its statistics need the "
+            "whole batch at once; set train.accumulate=1"
+        )
+    if config.train.accumulate > config.train.batch_size:
+        raise UserError(
+            f"train.accumulate={config.train.accumulate} is more than train.batch_size={config.train.batch_size} images"
+        )
+
+
+def check_for_world(config: Config, size: int) -> None:
+    """Raise `UserError` if the config cannot run on `size` ranks."""
+    parallel, batch_size = config.parallel, config.train.batch_size
+    if size > batch_size:
+        raise UserError(f"{size} ranks for train.batch_size={batch_size} images a step: use at most {batch_size} ranks")
+    if batch_size // size < config.train.accumulate:
+        raise UserError(
+            f"train.accumulate={config.train.accumulate} needs as many images a rank, but {size} ranks share "
+            f"train.batch_size={batch_size}: some get {batch_size // size}; accumulate less or use fewer ranks"
+        )
+    if parallel.strategy == "none" and size > 1:
+        raise UserError(f"parallel.strategy=none is for one rank, not {size}: use fsdp, hsdp, ddp or oss")
+    if parallel.strategy == "hsdp":
+        if size == 1:
+            raise UserError("parallel.strategy=hsdp needs at least two ranks: use fsdp or none on one")
+        if parallel.replicate and size % parallel.replicate:
+            raise UserError(f"parallel.replicate={parallel.replicate} does not divide {size} ranks into equal groups")
+    elif parallel.replicate:
+        raise UserError(
+            f"parallel.replicate={parallel.replicate} is for hsdp, not parallel.strategy={parallel.strategy}"
+        )
+
+
+def _check_leaf(key: str, value: Any, limits: dict[str, Any]) -> None:
+    if value is None:
+        return
+    if limits.get("duration"):
+        try:
+            Duration.parse(value)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
+    if limits.get("interval") and not 0 < value[0] <= value[1]:
+        raise UserError(f"{key}={list(value)}: give [smallest, largest] with 0 < smallest <= largest")
+    bounds = {name: limits[name] for name in ("at_least", "above", "at_most") if limits.get(name) is not None}
+    inside = {
+        "at_least": lambda bound: value >= bound,
+        "above": lambda bound: value > bound,
+        "at_most": lambda bound: value <= bound,
+    }
+    if not all(inside[name](bound) for name, bound in bounds.items()):  # a NaN is outside everything
+        allowed = " and ".join(f"{name.replace('_', ' ')} {bound:g}" for name, bound in bounds.items())
+        raise UserError(f"{key}={value} is out of range: it must be {allowed}")
+
+
+def _check_sizes(config: Config) -> None:
+    patch, augment = config.model.patch_size, config.augment
+    for key, side in (
+        ("augment.global_px", augment.global_px),
+        ("augment.local_px", augment.local_px),
+        ("eval.crop_px", config.eval.crop_px),
+    ):
+        if side % patch and (key != "augment.local_px" or augment.local_crops):
+            near = max(patch, round(side / patch) * patch)
+            raise UserError(f"model.patch_size={patch} does not divide {key}={side}: use {near}, for example")
+    if config.eval.crop_px > config.eval.resize_px:
+        raise UserError(f"eval.crop_px={config.eval.crop_px} is larger than eval.resize_px={config.eval.resize_px}")
+    for key in ("embed_dim", "depth", "num_heads"):
+        value = getattr(config.model, key)
+        if value is not None and value < 1:
+            raise UserError(f"model.{key}={value} is out of range: it must be at least 1")
+    if not config.eval.knn_k or min(config.eval.knn_k) < 1:
+        raise UserError(
+            f"eval.knn_k={list(config.eval.knn_k)}: give one or more numbers of neighbours, each at least 1"
+        )
+    for key, interval in (("global_scale", augment.global_scale), ("local_scale", augment.local_scale)):
+        if interval[1] > 1:
+            raise UserError(f"augment.{key}={list(interval)}: a crop cannot cover more than 1.0 of the image")

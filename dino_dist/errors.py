@@ -1,0 +1,20 @@
+"""The ways in which a command ends early on purpose; the command line turns them into exit codes."""
+
+
+class UserError(Exception):
+    """The input is wrong: the message is one line that names the thing, its value, what is allowed and what to do.
+
+    The command line prints it without a traceback and exits with 2.
+    """
+
+
+class SaidByRankZero(UserError):
+    """The same `UserError` on another rank: it ends with 2 as well, but rank 0 prints the line."""
+
+
+class RunFailed(Exception):
+    """The run cannot go on, for a reason that is no fault of the program; one line, exit code 1."""
+
+
+class Superseded(Exception):
+    """A newer attempt owns the run folder: this process must write nothing more and end."""

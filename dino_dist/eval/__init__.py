@@ -1,0 +1,1 @@
+"""What a checkpoint is worth: features, nearest neighbours, attention maps."""

@@ -1,0 +1,149 @@
+"""k-NN of a network on labelled shards: reading, the view of evaluation, features on all ranks, the vote."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dino_dist.config import Config, DataSection
+from dino_dist.data.augment import resize_for_eval
+from dino_dist.data.decode import DecodeRules
+from dino_dist.data.index import DatasetIndex, open_dataset
+from dino_dist.data.loader import Batch, StepReader, make_loader
+from dino_dist.data.order import Order
+from dino_dist.data.stream import SampleReader
+from dino_dist.dist import World
+from dino_dist.eval.features import LabelledFeatures, extract
+from dino_dist.eval.knn import KnnAccuracy, knn_accuracy
+from dino_dist.models.dino import DinoNetwork
+
+Forward = Callable[[Tensor], Tensor]
+
+
+def decode_rules(data: DataSection) -> DecodeRules:
+    """The limits of the config for members and images."""
+    return DecodeRules(
+        max_member_bytes=int(data.max_member_mib * 2**20), max_pixels=int(data.max_image_mpx * 1_000_000)
+    )
+
+
+def cls_forward(network: DinoNetwork) -> Forward:
+    """The normed class token of the last block: what the published k-NN compares."""
+
+    def forward(images: Tensor) -> Tensor:
+        return network.features(images)[-1][:, 0]
+
+    return forward
+
+
+def raw_pixels(images: Tensor) -> Tensor:
+    """The images themselves: what any learned feature has to beat."""
+    return images.flatten(1)
+
+
+class Evaluator:
+    """Labelled train and test shards of a config, opened once, evaluated as often as asked."""
+
+    def __init__(self, config: Config, world: World, index_dir: Path) -> None:
+        """`UserError` if `data.eval_train` and `data.eval_test` are not both given and readable."""
+        train, test = config.data.eval_train, config.data.eval_test
+        assert train is not None, "checked with the config"
+        assert test is not None, "checked with the config"
+        self._config = config
+        self._world = world
+        self._train = world.first(lambda: open_dataset(train, fallback_dir=index_dir))
+        self._test = world.first(lambda: open_dataset(test, fallback_dir=index_dir))
+
+    def knn(self, forward: Forward) -> dict[int, KnnAccuracy]:
+        """Accuracy for each `eval.knn_k`, the same on all ranks; a collective."""
+        train, test = self.features(forward, "train"), self.features(forward, "test")
+        section = self._config.eval
+        return knn_accuracy(
+            train.features_ND,
+            train.labels_N,
+            test.features_ND,
+            test.labels_N,
+            k=section.knn_k,
+            temperature=section.knn_temperature,
+            world=self._world,
+        )
+
+    def features(self, forward: Forward, split: str) -> LabelledFeatures:
+        """Features of one split (`train` or `test`), ordered by sample id; a collective."""
+        dataset = self._train if split == "train" else self._test
+        return extract(forward, self._batches(dataset), self._world)
+
+    def images(self, sample_ids: list[int]) -> Tensor:
+        """Some test images as evaluation sees them: normalised [n, 3, C, C] on the device."""
+        reader = SampleReader(dataset=self._test, rules=decode_rules(self._config.data))
+        return fixed_images(reader, sample_ids, self._config, self._world.device)
+
+    @property
+    def num_test_images(self) -> int:
+        """Images in `data.eval_test`."""
+        return self._test.num_samples
+
+    def _batches(self, dataset: DatasetIndex) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """This rank's part: whole batches through the loader's workers, then its share of the rest."""
+        config, world = self._config, self._world
+        reader = SampleReader(dataset=dataset, rules=decode_rules(config.data))
+        order = Order(shard_counts=dataset.shard_counts, seed=0, shards_per_block=1)
+        batch_size = min(config.eval.batch_size * world.size, dataset.num_samples)
+        full_steps = dataset.num_samples // batch_size
+        if full_steps and batch_size >= world.size:
+            loader = make_loader(
+                reader,
+                order,
+                batch_size=batch_size,
+                rank=world.rank,
+                size=world.size,
+                start_step=0,
+                stop_step=full_steps,
+                num_workers=config.data.num_workers,
+                prefetch=config.data.prefetch_steps,
+            )
+            for (batch,) in loader:
+                yield self._prepared(batch)
+        else:
+            full_steps = 0
+        rest = range(full_steps * batch_size, dataset.num_samples)[world.rank :: world.size]
+        for position in rest:
+            single = StepReader(reader=reader, order=order, batch_size=1, rank=0, size=1, accumulate=1, describe=None)
+            yield self._prepared(single.read_step(position)[0])
+
+    def _prepared(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        section, data = self._config.eval, self._config.data
+        images = resize_for_eval(
+            batch.pixels.to(self._world.device),
+            batch.sizes,
+            resize_px=section.resize_px,
+            crop_px=section.crop_px,
+            mean=data.mean,
+            std=data.std,
+            dtype=_image_dtype(self._config),
+        )
+        return images, batch.labels, batch.sample_ids
+
+
+def fixed_images(reader: SampleReader, sample_ids: list[int], config: Config, device: torch.device) -> Tensor:
+    """Some images by id as evaluation sees them: normalised [n, 3, C, C]."""
+    samples = [reader.read(sample_id) for sample_id in sample_ids]
+    pixels = torch.from_numpy(np.concatenate([sample.pixels.reshape(-1) for sample in samples]))
+    sizes = torch.tensor([sample.pixels.shape[:2] for sample in samples])
+    return resize_for_eval(
+        pixels.to(device),
+        sizes,
+        resize_px=config.eval.resize_px,
+        crop_px=config.eval.crop_px,
+        mean=config.data.mean,
+        std=config.data.std,
+        dtype=_image_dtype(config),
+    )
+
+
+def _image_dtype(config: Config) -> torch.dtype:
+    return torch.float64 if config.train.precision == "fp64" else torch.float32

@@ -1,0 +1,124 @@
+"""What a run shows of itself: rows, alarms, pictures and the profiler, at the steps where they are due."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dino_dist.alarms import CollapseWatch
+from dino_dist.config import Config
+from dino_dist.dist import World
+from dino_dist.eval.attention_maps import cls_attention_maps, to_unit_range
+from dino_dist.evaluate import Evaluator, cls_forward
+from dino_dist.ledger import JsonLines
+from dino_dist.metrics import MetricsWriter
+from dino_dist.progress import Progress
+from dino_dist.run_session import RunSession
+from dino_dist.schedules import Schedules
+from dino_dist.step import DinoStep, Views
+
+Row = Mapping[str, float | int | None]
+
+_PICTURED_IMAGES = 4
+"""Test images whose attention is shown over time."""
+
+
+class Monitor:
+    """Rank 0 writes; the other ranks make the same calls, since pictures need their shards of the networks."""
+
+    def __init__(
+        self, config: Config, world: World, session: RunSession, schedules: Schedules, *, every_pictures: int
+    ) -> None:
+        warmups = (schedules.lr.warmup_steps, schedules.freeze_last_layer_steps)
+        self.watch = CollapseWatch(num_prototypes=config.head.num_prototypes, warmup_steps=max(warmups))
+        self._config = config
+        self._world = world
+        self._session = session
+        self._every_pictures = every_pictures
+        self._total_steps = schedules.total_steps
+        self._progress = Progress(total_steps=schedules.total_steps) if world.is_first else None
+        self._writer: MetricsWriter | None = None
+        self._profiler: torch.profiler.profile | None = None
+
+    def begin(self, steps_done: int, settings: Mapping[str, Any]) -> None:
+        """Open the files, going on after `steps_done`."""
+        self._writer = MetricsWriter(
+            append=JsonLines(self._session.folder.metrics, self._session.attempt).append,
+            tensorboard_dir=self._session.folder.tensorboard if self._config.metrics.tensorboard else None,
+            purge_step=steps_done + 1 if steps_done else 0,
+            world=self._world,
+            progress=self._progress,
+        )
+        flat = {key: value if isinstance(value, int | float | str) else str(value) for key, value in settings.items()}
+        self._writer.hparams(flat, ["knn_top1", "loss"])
+
+    def say(self, line: str) -> None:
+        """One line for the person at the terminal, from rank 0."""
+        if self._progress is not None:
+            self._progress.say(line)
+
+    def row(self, step: int, row: Row) -> None:
+        """Write a row and raise the alarms that begin with it, in the ledger too."""
+        assert self._writer is not None, "begin() comes first"
+        self._writer.log(step, row)
+        for alarm in self.watch.observe({"step": step, **row}):
+            self.say(alarm.line)
+            self._session.ledger_row("fault", step, alarm.line, alarm=alarm.name)
+
+    def first_crops(self, step: int, views: Views) -> None:
+        """The first crops that a start trains on, once a run."""
+        if self._session.first_step or self._writer is None:
+            return
+        style = {"mean": self._config.data.mean, "std": self._config.data.std}
+        self._writer.image_grid(step, "crops/global", views.global_crops[:16], **style)
+        if views.local_crops is not None:
+            self._writer.image_grid(step, "crops/local", views.local_crops[:32], **style)
+
+    def pictures(self, step: int, training: DinoStep, evaluator: Evaluator | None) -> None:
+        """Histograms and the teacher's attention on a few fixed test images, where they are due."""
+        if self._writer is None or not (step % self._every_pictures == 0 or step == self._total_steps):
+            return
+        self._writer.histogram(step, "health/center", training.centering.center_1K)
+        self._writer.histogram(step, "health/prototype_usage", training.usage.share() * len(training.usage.average_K))
+        if evaluator is None:
+            return
+        images = evaluator.images(list(range(min(_PICTURED_IMAGES, evaluator.num_test_images))))
+        with torch.no_grad():
+            attention = training.networks.teacher.last_attention(images)
+        patches = self._config.eval.crop_px // self._config.model.patch_size
+        maps = cls_attention_maps(attention, grid=(patches, patches))
+        self._writer.attention(step, images, maps, mean=self._config.data.mean, std=self._config.data.std)
+
+    def embedding(self, step: int, training: DinoStep, evaluator: Evaluator) -> None:
+        """The test features of the last evaluation in TensorBoard's projector."""
+        assert self._writer is not None
+        features = evaluator.features(cls_forward(training.networks.teacher), "test")
+        ids = features.ids_N[torch.linspace(0, len(features.ids_N) - 1, min(1000, len(features.ids_N))).long()]
+        if self._world.is_first:
+            images = to_unit_range(
+                evaluator.images(ids.tolist()), mean=self._config.data.mean, std=self._config.data.std
+            )
+            rows = torch.searchsorted(features.ids_N, ids)
+            self._writer.embedding(step, features.features_ND[rows], features.labels_N[rows], images)
+
+    def profile(self, step: int, start: int | None) -> None:
+        """Trace the steps `start + 1 .. start + metrics.profile_steps` on rank 0 into the TensorBoard folder."""
+        if start is None or not self._world.is_first:
+            return
+        if step == start:
+            self._profiler = torch.profiler.profile()
+            self._profiler.start()
+        elif self._profiler is not None and step >= start + self._config.metrics.profile_steps:
+            self._profiler.stop()
+            path = Path(self._session.folder.path) / f"profile-step-{start:08d}.json"
+            self._profiler.export_chrome_trace(str(path))
+            self._profiler = None
+            self.say(f"profile of {self._config.metrics.profile_steps} steps in {path}")
+
+    def close(self) -> None:
+        """Close the files."""
+        if self._writer is not None:
+            self._writer.close()

@@ -1,0 +1,154 @@
+"""One start of a run on all ranks: the attempt that owns the folder, the config it may continue with, the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dino_dist.config import Config
+from dino_dist.config_file import differences, to_plain, to_yaml
+from dino_dist.data.stream import BadRecord
+from dino_dist.dist import ProcessEnvironment, World
+from dino_dist.errors import Superseded, UserError
+from dino_dist.ledger import Event, JsonLines, Ledger
+from dino_dist.preemption import StopReason
+from dino_dist.run_folder import Attempt, RunFolder
+
+
+class RunSession:
+    """The run folder as this rank may use it during this start."""
+
+    def __init__(self, folder: RunFolder, attempt: Attempt, world: World, changes: list[str]) -> None:
+        self.folder = folder
+        self.attempt = attempt
+        self.first_step = 0
+        """Steps done when this start began its own."""
+        self._world = world
+        self._changes = changes
+        self._ledger = Ledger(attempt, rank=world.rank, host=world.host)
+        self._bad_samples = JsonLines(self.bad_samples_file, attempt)
+
+    @property
+    def bad_samples_file(self) -> Path:
+        """The list of samples that could not be decoded, one JSON object each."""
+        return self.folder.logs / "bad_samples.jsonl"
+
+    def begin(self, steps_done: int) -> None:
+        """Enter the start into the ledger and cut what an earlier start wrote after the restored step."""
+        self.first_step = steps_done
+        if self._world.is_first:
+            JsonLines(self.folder.metrics, self.attempt).cut_after(steps_done)
+            changes = f"; changed: {', '.join(self._changes)}" if self._changes else ""
+            self._ledger.append("start", step=steps_done, why=f"{self._world.size} ranks{changes}")
+
+    def check_superseded(self) -> None:
+        """Raise `Superseded` if a newer start took the folder over; costs nothing."""
+        if self.attempt.superseded:
+            self.attempt.check()
+
+    def ledger_row(self, event: Event, step: int, why: str, **more: Any) -> None:
+        """A row that all ranks ask for and rank 0 writes."""
+        if self._world.is_first:
+            self._ledger.append(event, step=step, why=why, **more)
+
+    def signal_row(self, step: int, reason: StopReason | None) -> None:
+        """Each rank that was signalled says so; the others are silent."""
+        if reason is not None:
+            self._ledger.append("signal", step=step, why=reason.name)
+
+    def report_fault(self, step: int, error: Exception) -> None:
+        """A `fault` row from the rank where it happened, unless the folder is no longer ours."""
+        if isinstance(error, Superseded):
+            return
+        first_line = f"{type(error).__name__}: {error}".split("\n")[0]
+        try:
+            self._ledger.append("fault", step=step, why=first_line)
+        except (OSError, Superseded):
+            return  # the error itself is on its way to the user
+
+    def list_bad_samples(self, step: int, bad: Sequence[BadRecord]) -> None:
+        """Append this rank's undecodable samples to the list."""
+        for record in bad:
+            self._bad_samples.append(
+                {
+                    "step": step,
+                    "sample_id": record.sample_id,
+                    "shard": record.shard,
+                    "key": record.key,
+                    "reason": record.reason,
+                }
+            )
+
+
+@contextmanager
+def open_session(
+    config: Config, world: World, environment: ProcessEnvironment, *, accept_changes: bool
+) -> Iterator[RunSession]:
+    """Take the next attempt of `config.run.dir` on all ranks, if its config may be continued.
+
+    `UserError` if the folder cannot be written, another start lives, or the config would change the result (with
+    `accept_changes` it may).
+    """
+    folder = RunFolder(Path(config.run.dir).absolute())
+
+    def begin() -> tuple[int, list[str]]:
+        folder.create()
+        changes = check_continues(folder, config, accept_changes=accept_changes)
+        attempt = folder.begin_attempt(environment.job_id, restarts=environment.restarts)
+        owned.append(attempt)
+        with attempt.exclusive():
+            write_config(folder, config)
+        return attempt.number, changes
+
+    owned: list[Attempt] = []
+    number, changes = world.first(begin)
+    attempt = owned[0] if owned else folder.join_attempt(number)
+    with attempt:
+        yield RunSession(folder, attempt, world, changes)
+
+
+def check_continues(folder: RunFolder, config: Config, *, accept_changes: bool) -> list[str]:
+    """The harmless changes against the folder's config; `UserError` lists those that would change the result."""
+    if not folder.config.exists():
+        return []
+    try:
+        saved = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(
+            f"{folder.config} cannot be read ({' '.join(str(error).split())}): restore or remove it"
+        ) from None
+    if not isinstance(saved, dict) or not all(isinstance(section, dict) for section in saved.values()):
+        raise UserError(f"{folder.config} is not a run's config: restore or remove it")
+    refused, allowed = differences(saved, config)
+    if refused and not accept_changes:
+        raise UserError(
+            f"run.dir={folder.path} was started with another config ({'; '.join(refused)}): choose another run.dir, "
+            "set these back, or add --accept-changes"
+        )
+    return refused + allowed
+
+
+def write_config(folder: RunFolder, config: Config) -> None:
+    """Put the resolved config into the folder, whole or not at all."""
+    temporary = folder.config.with_suffix(".yaml.tmp")
+    temporary.write_text(to_yaml(config), encoding="utf-8")
+    temporary.replace(folder.config)
+
+
+def saved_config(folder: Path) -> dict[str, Any]:
+    """The resolved config of a run folder, as plain values; `UserError` if there is none."""
+    path = RunFolder(folder).config
+    if not path.is_file():
+        raise UserError(f"{folder} is not a run folder: it has no config.yaml")
+    saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert isinstance(saved, dict)
+    return saved
+
+
+def plain_flat(config: Config) -> dict[str, Any]:
+    """`section.key` -> plain value."""
+    return {f"{section}.{key}": value for section, keys in to_plain(config).items() for key, value in keys.items()}

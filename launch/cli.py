@@ -1,0 +1,196 @@
+"""The command line `dino-dist`: what each command takes, and how an ending becomes an exit code.
+
+Torch is imported inside the commands that need it, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dino_dist.errors import RunFailed, SaidByRankZero, Superseded, UserError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+shards_app = typer.Typer(no_args_is_help=True, help="Make, index and check WebDataset tar shards.")
+eval_app = typer.Typer(no_args_is_help=True, help="Judge a checkpoint by its features.")
+app.add_typer(shards_app, name="shards")
+app.add_typer(eval_app, name="eval")
+
+AsJson = Annotated[bool, typer.Option("--json", help="JSON alone on stdout.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, as in train.batch_size=64.")
+]
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe.")],
+    overrides: Overrides = None,
+    nproc: Annotated[int, typer.Option(help="Ranks to start on this machine.", min=1)] = 1,
+    accept_changes: Annotated[
+        bool, typer.Option(help="Resume although the config differs in a way that changes the result.")
+    ] = False,
+) -> None:
+    """Train, or go on with, the run of run.dir. Also under torchrun and srun, which start the ranks themselves."""
+    from dino_dist.config_file import load_config
+
+    loaded = load_config(config, overrides or [])  # found wrong here, before anything starts
+    if nproc > 1:
+        if "RANK" in os.environ:
+            raise UserError(f"--nproc {nproc} cannot go with torchrun or srun, which start the ranks themselves")
+        from launch.local import run_ranks
+
+        command = [sys.executable, "-m", "launch.cli", "train", config, *(overrides or [])]
+        raise typer.Exit(run_ranks(command + ["--accept-changes"] * accept_changes, nproc))
+    from dino_dist.dist import ProcessEnvironment
+    from dino_dist.train import train as train_run
+
+    raise typer.Exit(train_run(loaded, ProcessEnvironment.read(), accept_changes=accept_changes))
+
+
+@app.command()
+def quickstart(
+    directory: Annotated[Path, typer.Option("--dir", help="Where shards, run and summary go.")] = Path("quickstart"),
+    nproc: Annotated[int, typer.Option(help="Ranks to start on this machine.", min=1)] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Train a small DINO on the digit images that scikit-learn ships, on two ranks, and judge it by k-NN."""
+    from launch.quickstart import run_quickstart
+
+    summary = run_quickstart(directory, nproc=nproc)
+    _print_result(summary, as_json)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what works on this machine, what does not, and why."""
+    from launch.doctor import examine, table
+
+    findings = examine()
+    if as_json:
+        print(json.dumps(findings))
+    else:
+        table(findings)
+
+
+@shards_app.command("build")
+def shards_build(
+    source: Annotated[str, typer.Argument(help="A folder of images, a list of files, or existing tar shards.")],
+    destination: Annotated[Path, typer.Argument(help="Folder for the shards.")],
+    samples_per_shard: Annotated[int, typer.Option(help="Images a shard (equal counts, rounded).", min=1)] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the global shuffle.", min=0)] = 0,
+    resize_short_px: Annotated[
+        int | None, typer.Option(help="Shrink to this short side; default: keep bytes.", min=1)
+    ] = None,
+    jpeg_quality: Annotated[int, typer.Option(help="Of resized JPEGs.", min=1, max=100)] = 95,
+    workers: Annotated[int, typer.Option(help="Processes.", min=1)] = os.cpu_count() or 1,
+    max_bad_fraction: Annotated[float, typer.Option(help="Fail above this share of unreadable images.")] = 0.01,
+    as_json: AsJson = False,
+) -> None:
+    """Build shuffled, indexed shards; started again after a kill it goes on where it was."""
+    from dino_dist.data.build import BuildOptions, build_shards
+
+    options = BuildOptions(
+        samples_per_shard=samples_per_shard, seed=seed, resize_short_px=resize_short_px, jpeg_quality=jpeg_quality
+    )
+    report = build_shards(source, destination, options, num_workers=workers, max_bad_fraction=max_bad_fraction)
+    result = {
+        "shards": len(report.dataset.shards),
+        "samples": report.dataset.num_samples,
+        "rejected": report.num_rejected,
+        "written_now": report.num_written,
+        "hash": report.dataset.hash,
+    }
+    _print_result(result, as_json)
+
+
+@shards_app.command("index")
+def shards_index(
+    shards: Annotated[str, typer.Argument(help="A folder, a brace or glob pattern, or a manifest.")],
+    as_json: AsJson = False,
+) -> None:
+    """Index shards made by others (img2dataset, public webdatasets)."""
+    from dino_dist.data.index import open_dataset
+
+    dataset = open_dataset(shards, fallback_dir=Path.cwd() / "shard-index")
+    result = {"shards": len(dataset.shards), "samples": dataset.num_samples, "hash": dataset.hash}
+    _print_result(result, as_json)
+
+
+@shards_app.command("check")
+def shards_check(
+    shards: Annotated[str, typer.Argument(help="A folder, a brace or glob pattern, or a manifest.")],
+    workers: Annotated[int, typer.Option(help="Processes.", min=1)] = os.cpu_count() or 1,
+    as_json: AsJson = False,
+) -> None:
+    """Decode every image and report; exit code 2 if any is bad."""
+    from dataclasses import asdict
+
+    from dino_dist.config import Config
+    from dino_dist.data.check import check_shards
+    from dino_dist.evaluate import decode_rules
+
+    rules = decode_rules(Config().data)
+    report = check_shards(shards, rules=rules, fallback_dir=Path.cwd() / "shard-index", num_workers=workers)
+    _print_result(asdict(report) | {"ok": report.ok}, as_json)
+    if not report.ok:
+        raise UserError(f"{len(report.bad)} bad images and {len(report.wrong_indexes)} wrong indexes in {shards}")
+
+
+@eval_app.command("knn")
+def eval_knn(
+    run: Annotated[Path, typer.Argument(help="A run folder; its newest checkpoint that verifies is taken.")],
+    overrides: Overrides = None,
+    network: Annotated[str, typer.Option(help="teacher or student.")] = "teacher",
+    as_json: AsJson = False,
+) -> None:
+    """Weighted k-NN on data.eval_train and data.eval_test (protocol of the published eval_knn)."""
+    from dino_dist.judge import knn_of_run
+
+    _print_result(knn_of_run(run, overrides or [], role=network), as_json)
+
+
+def _print_result(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    for key, value in result.items():
+        table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value))
+    Console().print(table)
+
+
+def main() -> None:
+    """Entry point: 0 done, 1 crash or failed run, 2 bad input in one line, 3 stopped by a signal with all saved."""
+    sys.exit(_exit_code(app))
+
+
+def _exit_code(command: Callable[[], Any]) -> int:
+    try:
+        command()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except SaidByRankZero:
+        return 2
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (RunFailed, Superseded) as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    main()

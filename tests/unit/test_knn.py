@@ -1,0 +1,161 @@
+"""k-NN equals scikit-learn's exact neighbours, for any number of images and any chunking."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from sklearn.neighbors import KNeighborsClassifier
+
+from dino_dist.dist import World
+from dino_dist.errors import UserError
+from dino_dist.eval.features import extract
+from dino_dist.eval.knn import KnnAccuracy, knn_accuracy, knn_predict, nearest_neighbors
+
+
+def blobs(images: int, classes: int, seed: int, *, spread: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unnormalised clusters, float64; the class centers depend on the number of classes alone."""
+    centers = torch.randn(classes, 12, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, classes, (images,), generator=generator)
+    noise = torch.randn(images, 12, generator=generator, dtype=torch.float64)
+    return centers[labels] + spread * noise, labels
+
+
+@pytest.mark.parametrize("k", [1, 5, 20, 300])
+@pytest.mark.parametrize("temperature", [0.07, 0.01])
+def test_predictions_equal_scikit_learn_in_float64(k: int, temperature: float) -> None:
+    train, train_labels = blobs(300, 7, 0)
+    test, _ = blobs(101, 7, 1)
+    reference = KNeighborsClassifier(
+        k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / temperature)
+    ).fit(train.numpy(), train_labels.numpy())
+    probabilities = reference.predict_proba(test.numpy())
+    predicted = knn_predict(train, train_labels, test, k=[k], temperature=temperature, test_chunk=32, train_chunk=64)[k]
+    assert predicted[:, 0].tolist() == reference.predict(test.numpy()).tolist()
+    voted = np.take_along_axis(probabilities, predicted.clamp(min=0).numpy(), 1)
+    order = -np.sort(-probabilities, axis=1)[:, :5]
+    np.testing.assert_allclose(np.where(predicted.numpy() < 0, 0.0, voted), order, atol=1e-12)
+
+
+@pytest.mark.parametrize(("train_chunk", "test_chunk"), [(1, 1), (7, 3), (1000, 1000)])
+def test_chunks_do_not_matter(train_chunk: int, test_chunk: int) -> None:
+    train, train_labels = blobs(200, 4, 2)
+    test, test_labels = blobs(50, 4, 3)
+    args = (train, train_labels, test, test_labels)
+    assert knn_accuracy(*args, k=[1, 10], train_chunk=train_chunk, test_chunk=test_chunk) == knn_accuracy(
+        *args, k=[1, 10]
+    )
+
+
+@pytest.mark.parametrize("train_chunk", [2, 5, 100])
+def test_ties_go_to_the_lowest_index(train_chunk: int) -> None:
+    rows = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    train = rows[torch.arange(40) % 2]
+    similarity, index = nearest_neighbors(train, torch.tensor([[0.0, 1.0]]), k=25, train_chunk=train_chunk)
+    assert index[0].tolist() == [*range(1, 40, 2), 0, 2, 4, 6, 8]
+    assert similarity[0].tolist() == [1.0] * 20 + [0.0] * 5
+
+
+def test_a_tied_vote_goes_to_the_lowest_class() -> None:
+    train = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    assert knn_predict(train, torch.tensor([4, 2]), train[:1], k=[2])[2].tolist() == [[2, 4, -1, -1, -1]]
+
+
+def test_one_test_image_and_fewer_train_images_than_k() -> None:
+    train = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 1.0]])
+    result = knn_accuracy(
+        train, torch.tensor([0, 1, 1]), torch.tensor([[1.0, 0.1]]), torch.tensor([0]), k=[1, 20], temperature=0.07
+    )
+    assert result == {1: KnnAccuracy(k=1, top1=1.0, top5=1.0), 20: KnnAccuracy(k=20, top1=1.0, top5=1.0)}
+
+
+def test_a_class_without_a_vote_is_no_hit() -> None:
+    train = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    result = knn_accuracy(train, torch.tensor([0, 1]), torch.tensor([[1.0, 0.0]]), torch.tensor([1]), k=[1])
+    assert result[1].top5 == 0.0
+
+
+def test_a_test_class_that_the_train_set_lacks_is_wrong_and_no_crash() -> None:
+    train, train_labels = blobs(30, 3, 4)
+    assert knn_accuracy(train, train_labels, train[:2], torch.tensor([7, 900]), k=[5])[5].top5 == 0.0
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, -1, 1], "1 of 3 train images have no label"),
+        ([4, 4, 4], "all 3 train images have label 4, at least two classes"),
+        ([], "the train set has no image"),
+    ],
+)
+def test_labels_that_cannot_be_used_are_a_user_error(labels: list[int], message: str) -> None:
+    features = torch.randn(len(labels), 2)
+    with pytest.raises(UserError, match=message):
+        knn_accuracy(features, torch.tensor(labels, dtype=torch.int64), torch.randn(1, 2), torch.tensor([0]), k=[1])
+
+
+def test_features_that_are_not_finite_are_a_user_error() -> None:
+    train, train_labels = blobs(30, 3, 4)
+    train[3, 2] = torch.nan
+    with pytest.raises(UserError, match="features of 1 of 30 train images are not finite"):
+        knn_predict(train, train_labels, train[:1], k=[1])
+
+
+def _rank(rank: int, size: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), size), rank=rank, world_size=size)
+    world = World(rank=rank, size=size)
+    images, labels = blobs(41, 4, 6)
+    ids = torch.arange(41).flip(0) * 3
+    # Rank r holds r shares of the images, so the first has none; batches of 4 end unevenly.
+    shares = size * (size - 1) // 2
+    bounds = [41 * (r * (r - 1) // 2) // shares for r in range(size + 1)]
+    mine = torch.arange(bounds[rank], bounds[rank + 1])
+    forwards = 0
+
+    def forward(batch: torch.Tensor) -> torch.Tensor:
+        # A collective, as the forward of a sharded model is one.
+        nonlocal forwards
+        forwards += 1
+        dist.all_reduce(torch.ones(1))
+        return batch * 2
+
+    result = extract(
+        forward, [(images[i], labels[i], ids[i]) for i in torch.split(mine, 4)] if len(mine) else [], world
+    )
+    assert len(set(world.gather(forwards))) == 1
+    assert torch.equal(result.ids_N, ids.flip(0))
+    assert torch.equal(result.features_ND, images.flip(0) * 2)
+    assert torch.equal(result.labels_N, labels.flip(0))
+    test, test_labels = blobs(2 * size - 1, 4, 7)
+    alone = knn_accuracy(result.features_ND, result.labels_N, test, test_labels, k=[1, 7])
+    assert knn_accuracy(result.features_ND, result.labels_N, test, test_labels, k=[1, 7], world=world) == alone
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_with_unequal_shares_gather_the_same_features_and_accuracy(size: int, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=_rank, args=(rank, size, tmp_path)) for rank in range(size)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+    assert codes == [0] * size
+
+
+def test_an_id_that_comes_twice_and_no_image_at_all_are_refused() -> None:
+    batch = (torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), torch.tensor([5, 5]))
+    with pytest.raises(ValueError, match="image id 5 came twice"):
+        extract(lambda images: images, [batch], World())
+    with pytest.raises(ValueError, match="no image"):
+        extract(lambda images: images, [], World())
