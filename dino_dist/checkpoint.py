@@ -56,6 +56,8 @@ class _Outcome:
     """What one rank wrote, or why it could not."""
 
     files: dict[str, FileRecord]
+    tensors: dict[str, TensorSpec]
+    """Those that rank 0 does not hold."""
     error: str | None = None
 
 
@@ -82,7 +84,8 @@ class _Save:
 class Checkpointer:
     """Writes and reads the checkpoints of one attempt; made, and each method called, on all ranks alike.
 
-    `tensors` are DTensors (each rank writes its part) or plain tensors that all ranks hold equal (one rank writes).
+    `tensors` are DTensors (each rank writes its part) or plain tensors: those that several ranks hold are equal there
+    (one rank writes), and a rank may hold some alone.
     Everything else goes through `state`, as JSON: tuples come back as lists, keys as text.
     """
 
@@ -213,13 +216,15 @@ class Checkpointer:
 
     def _complete(self, save: _Save, upload: Future[Any]) -> None:
         """In the background, on each rank: see the files of this rank done, then agree on the end with all."""
-        outcome = self._own_outcome(save, upload)
+        files, error = self._own_files(save, upload)
         try:
-            outcomes = self._gather(outcome)
+            known = self._broadcast(set(save.tensors))
+            tensors = {name: spec for name, spec in save.tensors.items() if name not in known}
+            outcomes = self._gather(_Outcome(files=files, tensors=tensors, error=error))
             verdict = self._broadcast(self._commit_or_discard(save, outcomes) if self._world.is_first else None)
-        except RuntimeError as error:
+        except RuntimeError as lost:
             # A rank is gone, or hangs for longer than the group's timeout: training will notice on its own group.
-            verdict = _Verdict(step=save.step, error=f"lost contact with the other ranks ({one_line(error)})")
+            verdict = _Verdict(step=save.step, error=f"lost contact with the other ranks ({one_line(lost)})")
             _log.error("checkpoint of step %d failed: %s", save.step, verdict.error)
         assert verdict is not None
         if verdict.error is None and verdict.superseded is None:
@@ -227,13 +232,13 @@ class Checkpointer:
             self._last_save_s = time.monotonic() - save.started_s
         self._verdict = verdict
 
-    def _own_outcome(self, save: _Save, upload: Future[Any]) -> _Outcome:
+    def _own_files(self, save: _Save, upload: Future[Any]) -> tuple[dict[str, FileRecord], str | None]:
         # Whatever went wrong here must reach the other ranks, or they wait for this one: hence the wide net.
         try:
             upload.result()
-            return _Outcome(files=written_by(save.folder, self._world.rank))
+            return written_by(save.folder, self._world.rank), None
         except (Exception, CheckpointException) as error:
-            return _Outcome(files={}, error=one_line(error))
+            return {}, one_line(error)
 
     def _commit_or_discard(self, save: _Save, outcomes: list[_Outcome]) -> _Verdict:
         """On rank 0: make the folder a checkpoint, or remove it and say why."""
@@ -242,7 +247,9 @@ class Checkpointer:
             if failed:
                 # One cause usually fails all ranks with the same words.
                 raise OSError(f"{failed[0]} ({len(failed)} of {len(outcomes)} ranks failed)")
-            self._commit(save, {name: record for one in outcomes for name, record in one.files.items()})
+            files = {name: record for one in outcomes for name, record in one.files.items()}
+            tensors = save.tensors | {name: spec for one in outcomes for name, spec in one.tensors.items()}
+            self._commit(save, files, tensors)
         except Superseded as error:
             return _Verdict(step=save.step, superseded=str(error))
         except (OSError, ValueError) as error:
@@ -256,7 +263,7 @@ class Checkpointer:
         self._purge(save.step)
         return _Verdict(step=save.step)
 
-    def _commit(self, save: _Save, files: dict[str, FileRecord]) -> None:
+    def _commit(self, save: _Save, files: dict[str, FileRecord], tensors: dict[str, TensorSpec]) -> None:
         written = {name for name in os.listdir(save.folder) if name.endswith(TENSOR_SUFFIX)}
         if written != set(files):
             raise ValueError(f"{save.folder} holds other tensor files than the ranks wrote: {written ^ set(files)}")
@@ -268,7 +275,7 @@ class Checkpointer:
                 attempt=self._attempt.number,
                 world=self._world.size,
                 files=files | {STATE: record_file(save.folder / STATE)},
-                tensors=save.tensors,
+                tensors=tensors,
             ),
         )
         fsync_folder(save.folder)

@@ -60,7 +60,10 @@ def load_tensors(
     `subset` accepts a checkpoint that holds more than is asked for (an evaluation wants the teacher only). Every other
     difference of names, global shapes or types is a `UserError`: the reader itself would cast and ignore silently.
     """
-    differences = _differences(checkpoint.manifest.tensors, {k: spec_of(v) for k, v in tensors.items()}, subset=subset)
+    saved, wanted = checkpoint.manifest.tensors, {name: spec_of(tensor) for name, tensor in tensors.items()}
+    differences = _differences(saved, wanted)
+    if not subset:
+        differences += [f"{name} is in it but not in the model" for name in _wanted_by_none(saved, wanted, group)]
     if differences:
         more = len(differences) - _NAMED_AT_MOST
         raise UserError(
@@ -78,10 +81,20 @@ def load_tensors(
         )
 
 
-def _differences(saved: dict[str, TensorSpec], wanted: dict[str, TensorSpec], *, subset: bool) -> list[str]:
+def _wanted_by_none(
+    saved: dict[str, TensorSpec], wanted: dict[str, TensorSpec], group: dist.ProcessGroup | None
+) -> list[str]:
+    """Names of the checkpoint that no rank asks for; a rank alone may hold a tensor (fairscale's sharded optimizer)."""
+    unwanted = saved.keys() - wanted.keys()
+    if group is not None:
+        everybody: list[set[str]] = [set()] * dist.get_world_size(group)
+        dist.all_gather_object(everybody, unwanted, group=group)
+        unwanted = set.intersection(*everybody)
+    return sorted(unwanted)
+
+
+def _differences(saved: dict[str, TensorSpec], wanted: dict[str, TensorSpec]) -> list[str]:
     found = [f"{name} is missing from it" for name in sorted(wanted.keys() - saved.keys())]
-    if not subset:
-        found += [f"{name} is in it but not in the model" for name in sorted(saved.keys() - wanted.keys())]
     for name in sorted(wanted.keys() & saved.keys()):
         ours, theirs = wanted[name], saved[name]
         if ours != theirs:
