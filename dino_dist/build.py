@@ -38,6 +38,7 @@ def vit_shape(config: Config) -> ViTShape:
         num_heads=model.num_heads or size.num_heads,
         patch_size=model.patch_size,
         image_px=config.augment.global_px,
+        init_std=model.init_std,
         drop_path=model.drop_path,
     )
 
@@ -72,6 +73,7 @@ def build_network(config: Config, attention: ResolvedBackend, *, is_teacher: boo
             batch_norm=config.head.batch_norm,
             norm_last_layer=is_teacher or config.head.norm_last_layer,
             world_size=world_size,
+            init_std=config.model.init_std,
         )
     return DinoNetwork(backbone, head)
 

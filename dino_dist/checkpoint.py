@@ -99,7 +99,7 @@ class Checkpointer:
         keep_every_steps: int | None,
         async_save: bool,
     ) -> None:
-        """`keep`: newest checkpoints kept, besides those at multiples of `keep_every_steps`."""
+        """`keep`: newest checkpoints kept, besides the first at or after each multiple of `keep_every_steps`."""
         self._folder = run_folder.checkpoints
         self._attempt = attempt
         self._world = world
@@ -292,8 +292,7 @@ class Checkpointer:
         Later steps than the one just committed are left to `newest`, which knows whether they verify.
         """
         older = [(step, path) for step, path in committed(self._folder) if step <= just_committed]
-        every = self._keep_every_steps
-        surplus = [path for step, path in older[max(self._keep, 1) :] if not (every and step % every == 0)]
+        surplus = [path for step, path in older[max(self._keep, 1) :] if step not in self._milestones(older)]
         surplus += self._folder.glob(".bad-*")
         try:
             for path in surplus:
@@ -304,6 +303,15 @@ class Checkpointer:
         except (OSError, Superseded) as error:
             # The save itself is safe; what is left over goes at the next purge or start.
             _log.warning("old checkpoints could not be removed: %s", one_line(error))
+
+    def _milestones(self, older: list[tuple[int, Path]]) -> set[int]:
+        """Of each span of `keep_every_steps`, the first checkpoint in it: saves need not fall on its multiples."""
+        first_of_span: dict[int, int] = {}
+        if self._keep_every_steps:
+            for step, _ in sorted(older):
+                first_of_span.setdefault(step // self._keep_every_steps, step)
+        first_of_span.pop(0, None)  # before the first multiple
+        return set(first_of_span.values())
 
     def _trash(self, path: Path) -> Path:
         return self._folder / f".trash-{self._attempt.number}-{path.name.lstrip('.')}"

@@ -6,6 +6,7 @@ public implementation) for a ViT-S/16, except where a comment says otherwise. `c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -84,7 +85,10 @@ class ModelSection:
     patch_size: int = _number(16, at_least=1)
     """Side of a patch in px; divides every crop's side."""
     drop_path: float = _number(0.1, at_least=0.0, at_most=0.9)
-    """Probability that the student's last block skips a branch; grows linearly from 0 at the first. Not in the teacher."""
+    """Probability that the student's last block skips a branch; grows linearly from 0 at the first. Student only."""
+    init_std: float = _number(0.02, above=0)
+    """Standard deviation of initial linear weights, positions and class token, in backbone and head. The published 0.02
+    suits a width of 768 (1 / sqrt(3 width)); a much narrower network needs more to start learning."""
     attention: Literal["auto", "xformers", "sdpa", "explicit"] = "auto"
     """auto: xformers where it works (CUDA), else torch's scaled_dot_product_attention."""
 
@@ -242,7 +246,7 @@ class CheckpointSection:
     keep: int = _number(2, at_least=1)
     """Newest checkpoints kept."""
     keep_every: str | None = _duration(None)
-    """Besides, keep those at multiples of this; null: none."""
+    """Besides, keep the first at or after each multiple of this; null: none."""
     async_save: bool = True
     """Write in the background; the step waits only for a copy to CPU memory."""
 
@@ -391,13 +395,16 @@ def _check_leaf(key: str, value: Any, limits: dict[str, Any]) -> None:
             raise UserError(f"{key}: {error}") from None
     if limits.get("interval") and not 0 < value[0] <= value[1]:
         raise UserError(f"{key}={list(value)}: give [smallest, largest] with 0 < smallest <= largest")
+    numbers = value if isinstance(value, tuple) else (value,)
+    if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
+        raise UserError(f"{key}={value} is out of range: give finite numbers")
     bounds = {name: limits[name] for name in ("at_least", "above", "at_most") if limits.get(name) is not None}
     inside = {
         "at_least": lambda bound: value >= bound,
         "above": lambda bound: value > bound,
         "at_most": lambda bound: value <= bound,
     }
-    if not all(inside[name](bound) for name, bound in bounds.items()):  # a NaN is outside everything
+    if not all(inside[name](bound) for name, bound in bounds.items()):
         allowed = " and ".join(f"{name.replace('_', ' ')} {bound:g}" for name, bound in bounds.items())
         raise UserError(f"{key}={value} is out of range: it must be {allowed}")
 
@@ -422,6 +429,8 @@ def _check_sizes(config: Config) -> None:
         raise UserError(
             f"eval.knn_k={list(config.eval.knn_k)}: give one or more numbers of neighbours, each at least 1"
         )
+    if min(config.data.std) <= 0:
+        raise UserError(f"data.std={list(config.data.std)} is out of range: each must be above 0")
     for key, interval in (("global_scale", augment.global_scale), ("local_scale", augment.local_scale)):
         if interval[1] > 1:
             raise UserError(f"augment.{key}={list(interval)}: a crop cannot cover more than 1.0 of the image")

@@ -48,14 +48,14 @@ def load_config(name: str | None, overrides: Sequence[str] = ()) -> Config:
     if name is not None:
         path = recipe_path(name)
         sources.append((str(path), _read_yaml(path)))
-    sources += [(text, _read_override(text)) for text in overrides]
+    sources += [(text if text.isprintable() else repr(text), _read_override(text)) for text in overrides]
     merged: Any = OmegaConf.structured(Config)
     for origin, source in sources:
         _refuse_resolvers(source)
         try:
             merged = OmegaConf.merge(merged, source)
         except ConfigKeyError as error:
-            raise UserError(_unknown_key(str(error.full_key or error.key))) from None
+            raise UserError(_unknown_key(_first_key_below(source, str(error.full_key or error.key)))) from None
         except (OmegaConfBaseException, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{origin}: {_one_line(error)}") from None
     config = OmegaConf.to_object(merged)
@@ -136,6 +136,13 @@ def _strings(node: Any) -> Iterable[str]:
             yield from _strings(value)
     elif isinstance(node, str):
         yield node
+
+
+def _first_key_below(source: DictConfig, key: str) -> str:
+    """`section.field` for a misspelt section, whose field tells what was meant."""
+    below = OmegaConf.to_container(source, resolve=False)
+    below = below.get(key) if isinstance(below, dict) else None
+    return f"{key}.{next(iter(below))}" if isinstance(below, dict) and below else key
 
 
 def _unknown_key(key: str) -> str:

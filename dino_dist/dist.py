@@ -46,7 +46,17 @@ class ProcessEnvironment:
 
     @staticmethod
     def read(environ: Mapping[str, str] = os.environ) -> ProcessEnvironment:
-        """The environment of this process; `UserError` if a starter set only some of its variables."""
+        """The environment of this process; `UserError` if a starter set only some of its variables, or no numbers."""
+        try:
+            return ProcessEnvironment._read(environ)
+        except (KeyError, ValueError, IndexError) as error:
+            raise UserError(
+                f"the variables of torchrun or srun are incomplete ({type(error).__name__}: {error}): unset RANK and "
+                "WORLD_SIZE, or start with torchrun, srun or --nproc"
+            ) from None
+
+    @staticmethod
+    def _read(environ: Mapping[str, str]) -> ProcessEnvironment:
         if "RANK" in environ and "WORLD_SIZE" in environ:
             return ProcessEnvironment(
                 rank=int(environ["RANK"]),
@@ -175,12 +185,17 @@ class World:
 
 
 @contextmanager
-def joined_world(environment: ProcessEnvironment, *, timeout_s: float, device: str = "auto") -> Iterator[World]:
+def joined_world(
+    environment: ProcessEnvironment, *, timeout_s: float, device: str = "auto", deterministic: bool = False
+) -> Iterator[World]:
     """Join the other ranks, yield this rank's `World`, leave again.
 
     `device`: `cpu`, `cuda`, or `auto` for CUDA where there is one. A long `timeout_s` suits the start (indexing,
     compiling); `shorten_timeout` cuts it after the first step. CUDA ranks get gloo beside NCCL for CPU tensors.
     """
+    if deterministic:
+        # cuBLAS reads it when its first handle is made, and torch's deterministic mode insists on it.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if use_cuda:
         # A launcher that masks devices leaves one visible; otherwise the local rank names it.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,13 @@ Row = Mapping[str, float | int | None]
 
 _PICTURED_IMAGES = 4
 """Test images whose attention is shown over time."""
+
+
+@contextmanager
+def _deaf_terminal() -> Iterator[None]:
+    """A log on a full disk, or a terminal that is gone, is no reason to end a run."""
+    with suppress(OSError):
+        yield
 
 
 class Monitor:
@@ -58,12 +66,14 @@ class Monitor:
     def say(self, line: str) -> None:
         """One line for the person at the terminal, from rank 0."""
         if self._progress is not None:
-            self._progress.say(line)
+            with _deaf_terminal():
+                self._progress.say(line)
 
     def row(self, step: int, row: Row) -> None:
         """Write a row and raise the alarms that begin with it, in the ledger too."""
         assert self._writer is not None, "begin() comes first"
-        self._writer.log(step, row)
+        with _deaf_terminal():
+            self._writer.log(step, row)  # sees to its files, and tells the terminal last
         for alarm in self.watch.observe({"step": step, **row}):
             self.say(alarm.line)
             self._session.ledger_row("fault", step, alarm.line, alarm=alarm.name)
@@ -119,6 +129,8 @@ class Monitor:
             self.say(f"profile of {self._config.metrics.profile_steps} steps in {path}")
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files and leave the terminal in order."""
         if self._writer is not None:
             self._writer.close()
+        elif self._progress is not None:
+            self._progress.close()

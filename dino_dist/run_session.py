@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,13 @@ from dino_dist.config import Config
 from dino_dist.config_file import differences, to_plain, to_yaml
 from dino_dist.data.stream import BadRecord
 from dino_dist.dist import ProcessEnvironment, World
-from dino_dist.errors import Superseded, UserError
-from dino_dist.ledger import Event, JsonLines, Ledger
+from dino_dist.errors import SaidByRankZero, Superseded, UserError
+from dino_dist.ledger import Event, JsonLines, Ledger, read_rows
+from dino_dist.manifest import committed
 from dino_dist.preemption import StopReason
 from dino_dist.run_folder import Attempt, RunFolder
+
+_log = logging.getLogger(__name__)
 
 
 class RunSession:
@@ -42,8 +47,16 @@ class RunSession:
         self.first_step = steps_done
         if self._world.is_first:
             JsonLines(self.folder.metrics, self.attempt).cut_after(steps_done)
+            self._bad_samples.cut_after(steps_done)
             changes = f"; changed: {', '.join(self._changes)}" if self._changes else ""
-            self._ledger.append("start", step=steps_done, why=f"{self._world.size} ranks{changes}")
+            self._write("start", steps_done, f"{self._world.size} ranks{changes}")
+        self._world.barrier()  # rows that other ranks write from now on are not cut
+
+    def last_logged(self, key: str) -> int:
+        """The step of the last row of metrics.jsonl with `key`, the same on all ranks; 0 if there is none."""
+        rows = read_rows(self.folder.metrics) if self._world.is_first else []
+        steps = [row["step"] for row in rows if row.get(key) is not None]
+        return self._world.broadcast(int(max(steps, default=0)))
 
     def check_superseded(self) -> None:
         """Raise `Superseded` if a newer start took the folder over; costs nothing."""
@@ -53,35 +66,39 @@ class RunSession:
     def ledger_row(self, event: Event, step: int, why: str, **more: Any) -> None:
         """A row that all ranks ask for and rank 0 writes."""
         if self._world.is_first:
-            self._ledger.append(event, step=step, why=why, **more)
+            self._write(event, step, why, **more)
 
     def signal_row(self, step: int, reason: StopReason | None) -> None:
         """Each rank that was signalled says so; the others are silent."""
         if reason is not None:
-            self._ledger.append("signal", step=step, why=reason.name)
+            self._write("signal", step, reason.name)
 
     def report_fault(self, step: int, error: Exception) -> None:
         """A `fault` row from the rank where it happened, unless the folder is no longer ours."""
-        if isinstance(error, Superseded):
+        if isinstance(error, Superseded | SaidByRankZero):
             return
         first_line = f"{type(error).__name__}: {error}".split("\n")[0]
         try:
-            self._ledger.append("fault", step=step, why=first_line)
-        except (OSError, Superseded):
+            self._write("fault", step, first_line)
+        except Superseded:
             return  # the error itself is on its way to the user
+
+    def _write(self, event: Event, step: int, why: str, **more: Any) -> None:
+        """A ledger row; a disk that is full or gone is no reason to end a run, so the log gets it then."""
+        try:
+            self._ledger.append(event, step=step, why=why, **more)
+        except OSError as error:
+            _log.error(
+                "%s cannot be written (%s); lost: %s at step %d, %s", self.folder.ledger, error, event, step, why
+            )
 
     def list_bad_samples(self, step: int, bad: Sequence[BadRecord]) -> None:
         """Append this rank's undecodable samples to the list."""
         for record in bad:
-            self._bad_samples.append(
-                {
-                    "step": step,
-                    "sample_id": record.sample_id,
-                    "shard": record.shard,
-                    "key": record.key,
-                    "reason": record.reason,
-                }
-            )
+            try:
+                self._bad_samples.append({"step": step, **asdict(record)})
+            except OSError as error:
+                _log.error("%s cannot be written (%s); lost: %s", self.bad_samples_file, error, record)
 
 
 @contextmanager
@@ -111,9 +128,23 @@ def open_session(
         yield RunSession(folder, attempt, world, changes)
 
 
+@contextmanager
+def said_by_rank_zero(world: World) -> Iterator[None]:
+    """For what all ranks do and refuse alike: a `UserError` inside is said once."""
+    try:
+        yield
+    except UserError as error:
+        if world.is_first:
+            raise
+        raise SaidByRankZero(str(error)) from None
+
+
 def check_continues(folder: RunFolder, config: Config, *, accept_changes: bool) -> list[str]:
-    """The harmless changes against the folder's config; `UserError` lists those that would change the result."""
-    if not folder.config.exists():
+    """The harmless changes against the folder's config; `UserError` lists those that would change the result.
+
+    Before the first checkpoint there is nothing to continue, so everything may be set otherwise.
+    """
+    if not folder.config.exists() or not committed(folder.checkpoints):
         return []
     try:
         saved = yaml.safe_load(folder.config.read_text(encoding="utf-8"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -42,16 +43,22 @@ def train(
 
     loaded = load_config(config, overrides or [])  # found wrong here, before anything starts
     if nproc > 1:
-        if "RANK" in os.environ:
+        if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
             raise UserError(f"--nproc {nproc} cannot go with torchrun or srun, which start the ranks themselves")
         from launch.local import run_ranks
 
         command = [sys.executable, "-m", "launch.cli", "train", config, *(overrides or [])]
         raise typer.Exit(run_ranks(command + ["--accept-changes"] * accept_changes, nproc))
-    from dino_dist.dist import ProcessEnvironment
-    from dino_dist.train import train as train_run
+    # Importing torch takes seconds: a signal that comes meanwhile waits for the run, which then stops in good order.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR2))
+    try:
+        from dino_dist.dist import ProcessEnvironment
+        from dino_dist.train import train as train_run
 
-    raise typer.Exit(train_run(loaded, ProcessEnvironment.read(), accept_changes=accept_changes))
+        code = train_run(loaded, ProcessEnvironment.read(), accept_changes=accept_changes)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -23,30 +23,37 @@ _PEER_GRACE_S = 20.0
 def run_ranks(command: Sequence[str], num_ranks: int) -> int:
     """Run `command` as `num_ranks` ranks and return one exit code for all; the first rank that fails decides.
 
-    The ranks die with this process, even if it is killed. SIGTERM, SIGINT and SIGUSR2 are passed on to every rank.
+    The ranks die with this process, even if it is killed. SIGTERM, SIGINT and SIGUSR2 are passed on to every rank; the
+    ranks start with them blocked, and are to unblock them once they catch them.
     """
     if num_ranks < 1:
         raise UserError(f"--nproc {num_ranks}: give at least 1")
-    # Bound here and handed to rank 0, so that no other process can take the port in between.
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        ranks = [_start(command, rank, num_ranks, port, listener) for rank in range(num_ranks)]
+    ranks: list[subprocess.Popen[bytes]] = []
 
     def forward(number: int, _: FrameType | None) -> None:
         for rank in ranks:
             if rank.poll() is None:
                 rank.send_signal(number)
 
+    # Held back here until they can be passed on, and in the ranks, which inherit it, until they can save.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
     previous = {number: signal.signal(number, forward) for number in _FORWARDED}
     try:
+        # Bound here and handed to rank 0, so that no other process can take the port in between.
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+            for rank in range(num_ranks):
+                ranks.append(_start(command, rank, num_ranks, port, listener))
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return _wait(ranks)
     finally:
-        for rank in ranks:
-            if rank.poll() is None:
-                rank.kill()
-            rank.wait()
+        for started in ranks:
+            if started.poll() is None:
+                started.kill()
+            started.wait()
         for number, handler in previous.items():
             signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start(

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
+import random
+import tarfile
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 from dino_dist.dist import World
 
@@ -39,7 +45,7 @@ def _run_rank(function: Callable[..., Any], rank: int, size: int, store: str, pi
 
 
 def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """Call `function(world, *args)` on `size` forked gloo ranks; their results in rank order (numpy and plain values)."""
+    """Call `function(world, *args)` on `size` forked gloo ranks; their results (numpy, plain values) in rank order."""
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         store = os.path.join(folder, "store")
@@ -75,3 +81,77 @@ def ranks() -> Callable[..., list[Any]]:
     """`ranks(size, function, *args)`: see `run_ranks`."""
     torch.set_num_threads(1)
     return run_ranks
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fault-seed", type=int, help="Repeat the random faults of an earlier test run.")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """First those that fork: where torch was built with CUDA, no child can after a backward pass in this process."""
+    items.sort(key=lambda item: not {"distributed", "e2e"} & {mark.name for mark in item.iter_markers()})
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> random.Random:
+    """Another one each time; a failed test shows the seed."""
+    seed = request.config.getoption("--fault-seed")
+    seed = random.SystemRandom().randrange(10**6) if seed is None else seed
+    print(f"repeat with --fault-seed {seed}")
+    return random.Random(seed)
+
+
+def write_shard(path: Path, images: list[tuple[bytes, int]], first: int = 0) -> None:
+    """A tar shard of (PNG or other bytes, label)."""
+    with tarfile.open(path, "w") as tar:
+        for number, (data, label) in enumerate(images, first):
+            for suffix, content in (("png", data), ("cls", b"%d" % label)):
+                info = tarfile.TarInfo(f"{number:05d}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+def random_pngs(count: int, seed: int) -> list[tuple[bytes, int]]:
+    """8 x 8 px noise with labels 0..3."""
+    generator = np.random.default_rng(seed)
+    images = []
+    for number in range(count):
+        buffer = io.BytesIO()
+        Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(buffer, "PNG")
+        images.append((buffer.getvalue(), number % 4))
+    return images
+
+
+@pytest.fixture(scope="session")
+def make_shards() -> Callable[..., Path]:
+    """`make_shards(folder, counts, seed=0, bad=[])`: a folder of tar shards of 8-px images, the last of them `bad`."""
+
+    def make(folder: Path, counts: list[int], seed: int = 0, bad: Sequence[bytes] = ()) -> Path:
+        folder.mkdir(parents=True)
+        for shard, count in enumerate(counts):
+            images = random_pngs(count, seed * 100 + shard)
+            if bad and shard == len(counts) - 1:
+                images[-len(bad) :] = [(data, 0) for data in bad]
+            write_shard(folder / f"{shard}.tar", images, first=sum(counts[:shard]))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def small_shards(make_shards: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """61 images to train on, one of which is none, and 24 to evaluate with."""
+    folder = tmp_path_factory.mktemp("small_shards")
+    return make_shards(folder / "train", [23, 20, 18], bad=[b"no image"]), make_shards(folder / "eval", [24], seed=1)
+
+
+@pytest.fixture(scope="session")
+def tiny(small_shards: tuple[Path, Path]) -> Callable[..., list[str]]:
+    """`tiny(run_dir, *more)`: a recipe of the tests' own and the overrides for a run in `run_dir` on `small_shards`."""
+    train, test = small_shards
+    data = [f"data.train={train}", f"data.eval_train={test}", f"data.eval_test={test}"]
+
+    def settings(run_dir: Path, *more: str) -> list[str]:
+        return [str(Path(__file__).with_name("tiny.yaml")), f"run.dir={run_dir}", *data, *more]
+
+    return settings

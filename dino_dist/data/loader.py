@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -140,11 +140,11 @@ def make_loader(
     prefetch: int = 2,
     pin: bool = False,
     describe: Describe | None = None,
-) -> Iterator[list[Batch]]:
+) -> Generator[list[Batch], None, None]:
     """The rank's batches of the steps [start_step, stop_step), in order: one list of `accumulate` batches a step.
 
     `batch_size` is that of all ranks. Without workers the calling process decodes when asked. Each worker keeps
-    `prefetch` steps ready. Closing or dropping the iterator ends its workers.
+    `prefetch` steps ready. `close()`, or dropping the generator, ends its workers.
     `UserError`, here or while iterating, for a share too small to accumulate, unreadable shards or too little shared
     memory.
     """
@@ -164,7 +164,7 @@ def make_loader(
     return _read_ahead(steps, range(start_step, stop_step), num_workers=num_workers, prefetch=prefetch, pin=pin)
 
 
-def _read_here(steps: StepReader, start_step: int, stop_step: int, *, pin: bool) -> Iterator[list[Batch]]:
+def _read_here(steps: StepReader, start_step: int, stop_step: int, *, pin: bool) -> Generator[list[Batch], None, None]:
     for step in range(start_step, stop_step):
         batches = steps.read_step(step)
         yield [batch.pin() for batch in batches] if pin else batches
@@ -172,7 +172,7 @@ def _read_here(steps: StepReader, start_step: int, stop_step: int, *, pin: bool)
 
 def _read_ahead(
     steps: StepReader, wanted: range, *, num_workers: int, prefetch: int, pin: bool
-) -> Iterator[list[Batch]]:
+) -> Generator[list[Batch], None, None]:
     if not wanted:
         return
     loader: DataLoader[list[Batch] | _Refusal] = DataLoader(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -43,19 +44,27 @@ def forkserver_context() -> ForkServerContext:
 
 
 def settle_worker(worker: int) -> None:
-    """Ignore the job's signals and end with the rank; for `worker_init_fn`, which gives the worker's number."""
-    for number in _JOB_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    """Obey nobody's signals but the rank's, and end with it; for `worker_init_fn`, which gives the worker's number."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _JOB_SIGNALS)  # threads inherit it, and the watch below takes them
     signal.signal(signal.SIGCONT, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, name=f"data-worker-{worker}-watch", daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """The parent here is the rank, not the server; it needs no polling, since its end closes a pipe."""
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)  # from a thread, and with nobody left to tell
+    if parent is not None and parent.pid is not None:
+        for watch, name in ((_end_with, "life"), (_end_when_told_by, "signals")):
+            threading.Thread(target=watch, args=(parent,), name=f"data-worker-{worker}-{name}", daemon=True).start()
+
+
+def _end_with(parent: BaseProcess) -> None:
+    """The parent here is the rank, not the server; no polling, since its end closes a pipe."""
+    parent.join()
+    os._exit(1)  # from a thread, and with nobody left to tell
+
+
+def _end_when_told_by(parent: BaseProcess) -> None:
+    """A process that exits, even by an exception, terminates its workers and waits for them: that must work."""
+    while True:
+        received = signal.sigwaitinfo(_JOB_SIGNALS)
+        if received.si_signo == signal.SIGTERM and received.si_pid == parent.pid:
+            os._exit(0)
 
 
 def map_in_processes(function: Callable[[T], R], items: Sequence[T], *, num_workers: int) -> Iterator[R]:

@@ -14,9 +14,6 @@ from torch import Tensor, nn
 
 from dino_dist.errors import UserError
 
-INIT_STD = 0.02
-"""Standard deviation of the truncated normal that starts the MLP's weights."""
-
 
 class WeightNormLinear(nn.Module):
     """x -> x Wᵀ with rows W_k = g_k v_k / ||v_k|| and no bias: one prototype a row (arXiv:1602.07868, eq. 2)."""
@@ -115,9 +112,14 @@ class DinoHead(nn.Module):
         batch_norm: bool = False,
         norm_last_layer: bool = True,
         world_size: int = 1,
+        init_std: float = 0.02,
     ) -> None:
-        """`norm_last_layer` keeps the prototypes' norms at 1 (untrained); `world_size` is for the batch norm alone."""
+        """`norm_last_layer` keeps the prototypes' norms at 1 (untrained); `world_size` is for the batch norm alone.
+
+        `init_std`: standard deviation of the truncated normal that starts the MLP's weights.
+        """
         super().__init__()
+        self.init_std = init_std
         if num_layers < 1:
             raise UserError(f"head.num_layers={num_layers} must be at least 1")
         widths = [in_dim, *[hidden_dim] * (num_layers - 1), bottleneck_dim]
@@ -138,7 +140,7 @@ class DinoHead(nn.Module):
         """Draw every parameter anew from torch's default generator, as published."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=INIT_STD)
+                nn.init.trunc_normal_(module.weight, std=self.init_std)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, WeightNormLinear | ReducedBatchNorm1d):
                 module.init_weights()

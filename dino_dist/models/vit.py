@@ -19,9 +19,6 @@ from dino_dist.errors import UserError
 from dino_dist.models.attention import PackedLayout, ResolvedBackend
 from dino_dist.models.layers import LAYER_NORM_EPS, Block, PatchEmbed
 
-INIT_STD = 0.02
-"""Standard deviation of the truncated normal that starts linear weights, positions and the CLS token."""
-
 KEPT_INTERPOLATIONS = 16
 """Position matrices that a model keeps on its device: training uses one or two, evaluation at many sizes more."""
 
@@ -57,6 +54,8 @@ class ViTShape:
     image_px: int
     """Side of the square image whose patches have a learned position each; others are interpolated."""
     mlp_ratio: float = 4.0
+    init_std: float = 0.02
+    """Standard deviation of the truncated normal that starts linear weights, positions and the CLS token."""
     drop_path: float = 0.0
     """Probability that the last block skips a branch; see `drop_path_rates`."""
     in_channels: int = 3
@@ -142,11 +141,11 @@ class VisionTransformer(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Draw every parameter anew from torch's default generator, as published."""
-        nn.init.trunc_normal_(self.pos_embed, std=INIT_STD)
-        nn.init.trunc_normal_(self.cls_token, std=INIT_STD)
+        nn.init.trunc_normal_(self.pos_embed, std=self.shape.init_std)
+        nn.init.trunc_normal_(self.cls_token, std=self.shape.init_std)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=INIT_STD)
+                nn.init.trunc_normal_(module.weight, std=self.shape.init_std)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm | nn.Conv2d):
                 module.reset_parameters()

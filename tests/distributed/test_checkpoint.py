@@ -421,6 +421,7 @@ def test_nothing_in_a_checkpoint_is_pickled(three: Checkpointer, folder: RunFold
         (2, None, [60, 70]),
         (2, 30, [30, 60, 70]),
         (1, 20, [20, 40, 60, 70]),
+        (1, 25, [30, 50, 70]),  # saves need not fall on the multiples
         (9, None, range(10, 71, 10)),
     ],
 )

@@ -10,7 +10,15 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from dino_dist.build import build_step
-from dino_dist.config import AugmentSection, Config, DataSection, EvalSection, HeadSection, ModelSection, ParallelSection
+from dino_dist.config import (
+    AugmentSection,
+    Config,
+    DataSection,
+    EvalSection,
+    HeadSection,
+    ModelSection,
+    ParallelSection,
+)
 from dino_dist.dist import World
 from dino_dist.optim import local_shard
 

@@ -148,9 +148,9 @@ def test_bad_images_are_listed_and_counted(photos: Path, tmp_path: Path) -> None
     assert not list(out.glob("*.tar"))
     report = build_shards(str(photos), out, BuildOptions(samples_per_shard=9), max_bad_fraction=0.1)
     assert (report.num_rejected, report.dataset.num_samples) == (2, 25)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "x.png").write_bytes(b"x")
     with pytest.raises(UserError, match="none of the 1 images"):
-        (tmp_path / "bad").mkdir()
-        (tmp_path / "bad" / "x.png").write_bytes(b"x")
         build_shards(str(tmp_path / "bad"), tmp_path / "out2", BuildOptions(), max_bad_fraction=1)
 
 
@@ -168,7 +168,9 @@ def test_resizing_makes_large_images_smaller_and_leaves_the_others(tmp_path: Pat
         members = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
     by_source = {
         json.loads(data)["source"]: next(
-            (n.split(".")[1], d) for n, d in members.items() if n.split(".")[0] == name.split(".")[0] and "json" not in n
+            (n.split(".")[1], d)
+            for n, d in members.items()
+            if n.split(".")[0] == name.split(".")[0] and "json" not in n
         )
         for name, data in members.items()
         if name.endswith("json")

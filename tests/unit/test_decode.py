@@ -116,13 +116,16 @@ def png_that_claims(width: int, height: int) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    )
 
 
-@pytest.mark.parametrize("size", [(1001, 1000), (10_000, 10_000), (13_000, 13_000), (30_000, 30_000), (2**31 - 1, 2**31 - 1)])
+@pytest.mark.parametrize(
+    "size", [(1001, 1000), (10_000, 10_000), (13_000, 13_000), (30_000, 30_000), (2**31 - 1, 2**31 - 1)]
+)
 def test_bombs_are_refused_by_their_header(size: tuple[int, int]) -> None:
-    with warnings.catch_warnings(), pytest.raises(BadSample) as caught:
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(action="error"), pytest.raises(BadSample) as caught:
         decode_image(png_that_claims(*size), RULES)
     assert "\n" not in str(caught.value)
 

@@ -186,6 +186,11 @@ def test_only_changed_shards_are_indexed_again(folder: Path, fallback: Path) -> 
     os.utime(folder / "000.tar", ns=(1, 1))  # same size, other time
     open_dataset(str(folder), fallback_dir=fallback)
     assert (folder / "000.tar.index.npy").stat().st_ino != before["000.tar.index.npy"]
+    # Indexing one shard by itself forgets nothing of the others.
+    write_tar(folder / "001.tar", [("new.jpg", b"newer!"), ("new2.jpg", b"new")])
+    open_dataset(str(folder / "001.tar"), fallback_dir=fallback)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert [row["name"] for row in manifest["shards"]] == ["000.tar", "001.tar", "002.tar"]
     (folder / "002.tar.index.npy").unlink()
     assert open_dataset(str(folder), fallback_dir=fallback).num_samples == 9
     assert not list(folder.glob("*tmp*"))
@@ -252,13 +257,8 @@ def test_a_damaged_index_is_noticed(folder: Path, fallback: Path, where: int) ->
     data[where] ^= 0x40
     path.write_bytes(data)
     dataset = open_dataset(str(folder), fallback_dir=fallback)
-    try:
-        records = dataset.records(0)
-    except UserError as error:
-        assert "\n" not in str(error)
-        assert path.name in str(error)
-    else:  # blanks in the header of the file may differ without a meaning
-        assert len(records) == 3
+    with pytest.raises(UserError, match=r"^[^\n]*000\.tar\.index\.npy[^\n]*$"):
+        dataset.records(0)
 
 
 def test_a_pickle_in_the_place_of_an_index_is_not_run(folder: Path, fallback: Path) -> None:

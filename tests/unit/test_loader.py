@@ -1,4 +1,4 @@
-"""The loader: the same batches whoever reads them, workers that outlive signals but not their rank, errors in a line."""
+"""The loader: the same batches whoever reads them; workers outlive signals but not their rank; errors are a line."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import subprocess
 import sys
 import tarfile
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -58,9 +60,7 @@ def open_parts(shards: Path) -> tuple[SampleReader, Order]:
     )
 
 
-def describe(
-    sample_ids: NDArray[np.int64], epochs: NDArray[np.int64], sizes: NDArray[np.int64]
-) -> dict[str, Tensor]:
+def describe(sample_ids: NDArray[np.int64], epochs: NDArray[np.int64], sizes: NDArray[np.int64]) -> dict[str, Tensor]:
     return {"code": torch.from_numpy(sample_ids * 1000 + epochs), "area": torch.from_numpy(sizes.prod(axis=1))}
 
 
@@ -76,9 +76,7 @@ def same(one: Batch, two: Batch) -> bool:
 
 def test_a_batch_is_the_images_of_its_ids(shards: Path) -> None:
     reader, order = open_parts(shards)
-    (batch,) = next(
-        make_loader(reader, order, batch_size=19, rank=0, size=1, start_step=1, stop_step=2, num_workers=0)
-    )
+    (batch,) = next(make_loader(reader, order, batch_size=19, rank=0, size=1, start_step=1, stop_step=2, num_workers=0))
     assert batch.step == 1
     assert batch.position == 19
     assert set(batch.epochs.tolist()) == {1}
@@ -157,9 +155,7 @@ def test_workers_change_nothing(shards: Path) -> None:
 
 @pytest.mark.distributed
 def test_closing_the_iterator_ends_its_workers(shards: Path) -> None:
-    loader = make_loader(
-        *open_parts(shards), batch_size=4, rank=0, size=1, start_step=0, stop_step=1000, num_workers=2
-    )
+    loader = make_loader(*open_parts(shards), batch_size=4, rank=0, size=1, start_step=0, stop_step=1000, num_workers=2)
     next(loader)
     assert len(multiprocessing.active_children()) >= 2
     loader.close()
@@ -223,9 +219,7 @@ def test_pinned_batches(shards: Path, num_workers: int) -> None:
 def test_impossible_shares_are_refused(shards: Path) -> None:
     reader, order = open_parts(shards)
     with pytest.raises(UserError, match="at least 6 images"):
-        make_loader(
-            reader, order, batch_size=5, rank=0, size=3, accumulate=2, start_step=0, stop_step=1, num_workers=0
-        )
+        make_loader(reader, order, batch_size=5, rank=0, size=3, accumulate=2, start_step=0, stop_step=1, num_workers=0)
     other = Order(shard_counts=np.array([5]), seed=0, shards_per_block=1)
     with pytest.raises(ValueError, match="the order has 5 samples, the data set 19"):
         make_loader(reader, other, batch_size=5, rank=0, size=1, start_step=0, stop_step=1, num_workers=0)
@@ -253,6 +247,8 @@ RANK_PROGRAM = """
             signal.signal(number, lambda number, frame: signals.append(number))
         next(loader)
         print("ready", flush=True)
+        if "crash" in sys.argv:
+            raise RuntimeError("with the loader still in use")
         sys.stdin.readline()
         print(len(list(loader)), *sorted(set(signals)), flush=True)
 
@@ -261,22 +257,30 @@ RANK_PROGRAM = """
 """
 
 
-def start_rank(shards: Path, tmp_path: Path) -> subprocess.Popen[str]:
-    """A process of its own group that has read one batch and waits for a line."""
+@contextmanager
+def rank_process(shards: Path, tmp_path: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A process of its own group that has read one batch and waits for a line; nothing of it is left afterwards."""
     program = tmp_path / "rank.py"
     program.write_text(textwrap.dedent(RANK_PROGRAM))
     root = Path(__file__).resolve().parents[2]
     process = subprocess.Popen(
-        [sys.executable, str(program), str(shards)],
+        [sys.executable, str(program), str(shards), *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
         env={**os.environ, "PYTHONPATH": str(root)},
     )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    return process
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield process
+    finally:
+        for member in group_members(process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(member, signal.SIGKILL)
+        process.communicate()
 
 
 def group_members(group: int) -> list[int]:
@@ -296,21 +300,37 @@ def group_members(group: int) -> list[int]:
 @pytest.mark.distributed
 def test_workers_work_on_after_the_jobs_signals(shards: Path, tmp_path: Path) -> None:
     """A scheduler signals all processes of a step; the rank still needs batches to end at a step boundary."""
-    process = start_rank(shards, tmp_path)
-    assert len(group_members(process.pid)) >= 4  # the rank, the fork server, two workers
-    signals = [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT]
-    for number in signals:
-        os.killpg(process.pid, number)
-    out, _ = process.communicate("go\n")
+    with rank_process(shards, tmp_path) as process:
+        before = group_members(process.pid)
+        assert len(before) >= 4  # the rank, the fork server, two workers (and Python's resource tracker)
+        signals = [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT]
+        for number in signals:
+            os.killpg(process.pid, number)
+        assert set(before) <= set(group_members(process.pid))
+        out, _ = process.communicate("go\n")
     assert out == "39 " + " ".join(str(int(number)) for number in sorted(signals)) + "\n"
     assert process.returncode == 0
 
 
 @pytest.mark.distributed
 def test_no_worker_outlives_a_killed_rank(shards: Path, tmp_path: Path) -> None:
-    process = start_rank(shards, tmp_path)
-    process.kill()
-    process.wait()
-    while group_members(process.pid):  # bounded by the test's own time limit
+    with rank_process(shards, tmp_path) as process:
+        process.kill()
+        process.wait()
+        wait_for_the_end_of(process.pid)
+
+
+@pytest.mark.distributed
+def test_a_rank_that_fails_is_not_held_up_by_its_workers(shards: Path, tmp_path: Path) -> None:
+    """At exit Python terminates the workers and waits for them: deaf ones would make a crash a hang."""
+    with rank_process(shards, tmp_path, "crash") as process:
+        _, errors = process.communicate()
+        assert process.returncode == 1
+        assert "with the loader still in use" in errors
+        wait_for_the_end_of(process.pid)
+
+
+def wait_for_the_end_of(group: int) -> None:
+    """Bounded by the test's own time limit."""
+    while group_members(group):
         os.sched_yield()
-    process.communicate()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -102,7 +103,7 @@ def test_slices_are_even_and_join(count: int, size: int) -> None:
     slices = [rank_slice(100, 100 + count, rank, size) for rank in range(size)]
     assert slices[0][0] == 100
     assert slices[-1][1] == 100 + count
-    assert all(one[1] == two[0] for one, two in zip(slices, slices[1:], strict=False))
+    assert all(one[1] == two[0] for one, two in pairwise(slices))
     lengths = {stop - start for start, stop in slices}
     assert max(lengths) - min(lengths) <= 1
     assert micro_slices(count, size) == [(start - 100, stop - 100) for start, stop in slices]

@@ -1,0 +1,96 @@
+"""Crops rendered on a CUDA device are those of the CPU, repeat to the bit, and nobody waits for them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from dino_dist.config import AugmentSection, Config, DataSection
+from dino_dist.data.loader import Batch
+from dino_dist.step import Views
+from dino_dist.views import ViewDescription, ViewRenderer, view_recipes
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+PUBLISHED = AugmentSection(local_crops=2)
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+SIZES_PX = [(375, 500), (37, 53), (1, 300), (300, 1), (1, 1), (640, 427), (224, 224), (97, 1200)]
+GRAY_LEVEL = 1 / 255 / 0.225
+"""One of 256 levels, in normalised units."""
+
+
+def batch_of(augment: AugmentSection) -> Batch:
+    """Noise beside ramps, so that both overshoot and flat regions occur."""
+    generator = torch.Generator().manual_seed(0)
+    images = []
+    for height, width in SIZES_PX:
+        noise = torch.rand(height, width, 3, generator=generator)
+        ramp = torch.linspace(0, 1, height)[:, None, None] * torch.linspace(1, 0, width)[None, :, None]
+        left = torch.arange(width)[None, :, None] < width // 2
+        images.append((torch.where(left, noise, ramp) * 255.99).to(torch.uint8))
+    sizes = np.array(SIZES_PX, dtype=np.int64)
+    ids, epochs = np.arange(len(images), dtype=np.int64), np.zeros(len(images), dtype=np.int64)
+    describe = ViewDescription(recipes=tuple(view_recipes(augment)), seed=5, drop_path_rates=(0.0, 0.1))
+    return Batch(
+        pixels=torch.cat([image.flatten() for image in images]),
+        sizes=torch.from_numpy(sizes),
+        sample_ids=torch.from_numpy(ids),
+        epochs=torch.from_numpy(epochs),
+        labels=torch.full((len(images),), -1),
+        step=0,
+        position=0,
+        extra=describe(ids, epochs, sizes),
+    )
+
+
+def renderer(augment: AugmentSection, device: torch.device) -> ViewRenderer:
+    return ViewRenderer(Config(data=DataSection(train="none"), augment=augment), device, torch.float32)
+
+
+def differences(augment: AugmentSection) -> torch.Tensor:
+    """Of all pixels of all views, in grey levels."""
+    batch = batch_of(augment)
+    ours, expected = renderer(augment, CUDA)(batch), renderer(augment, CPU)(batch)
+    pairs = zip(ours.student_crops, expected.student_crops, strict=True)
+    return torch.cat([((a.cpu() - b).abs() / GRAY_LEVEL).flatten() for a, b in pairs])
+
+
+def test_device_crops_are_cpu_crops() -> None:
+    """Solarize compares with a threshold, which rounding may cross at a few pixels; without it none differs."""
+    assert float(differences(replace(PUBLISHED, solarize_global_2_p=0.0)).max()) <= 0.5
+    all_of_it = differences(PUBLISHED)
+    assert float((all_of_it > 0.5).double().mean()) <= 1e-4
+
+
+def test_each_operation_alone_is_the_cpus() -> None:
+    off = {name: 0.0 for name in ("flip_p", "jitter_p", "gray_p", "blur_global_1_p", "blur_global_2_p", "blur_local_p")}
+    plain = replace(PUBLISHED, solarize_global_2_p=0.0, **off)  # type: ignore[arg-type]
+    for changes in ({}, {"flip_p": 1.0}, {"jitter_p": 1.0}, {"gray_p": 1.0}, {"blur_local_p": 1.0}):
+        largest = float(differences(replace(plain, **changes)).max())  # type: ignore[arg-type]
+        assert largest <= 0.5, (changes, largest)
+
+
+def test_rendering_repeats_to_the_bit() -> None:
+    batch, render = batch_of(PUBLISHED), renderer(PUBLISHED, CUDA)
+    first, second = render(batch), render(batch)
+    assert all(torch.equal(a, b) for a, b in zip(first.student_crops, second.student_crops, strict=True))
+
+
+def test_a_pinned_batch_is_rendered_without_waiting() -> None:
+    batch, render = batch_of(PUBLISHED).pin(), renderer(PUBLISHED, CUDA)
+    render(batch)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        views: Views = render(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert views.drop_path is not None
+    assert views.global_crops.device.type == views.drop_path.device.type == "cuda"
+    assert bool(torch.isfinite(views.global_crops).all())

@@ -1,0 +1,212 @@
+"""What a process learns of its world from torchrun, srun or nobody; a world of one needs no process group."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dino_dist.dist import ProcessEnvironment, World, joined_world
+from dino_dist.errors import SaidByRankZero, UserError
+
+TORCHRUN = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "node0",
+    "MASTER_PORT": "29400",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+}
+SRUN = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+    "SLURM_STEP_NODELIST": "node[0-2]",
+    "MASTER_ADDR": "10.0.0.1",
+}
+
+
+@pytest.mark.parametrize("broken", [{"RANK": "x"}, {"LOCAL_RANK": ""}, {"MASTER_PORT": "http"}], ids=str)
+def test_a_variable_that_is_no_number_is_one_line(broken: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="incomplete"):
+        ProcessEnvironment.read(TORCHRUN | broken)
+
+
+def test_srun_without_its_variables_is_one_line() -> None:
+    incomplete = {name: value for name, value in SRUN.items() if name != "SLURM_LOCALID"}
+    with pytest.raises(UserError, match="SLURM_LOCALID"):
+        ProcessEnvironment.read(incomplete)
+
+
+def test_nobody_means_one_rank() -> None:
+    environment = ProcessEnvironment.read({})
+    assert environment == ProcessEnvironment()
+    assert (environment.rank, environment.size, environment.master_port) == (0, 1, 0)
+
+
+def test_torchrun() -> None:
+    environment = ProcessEnvironment.read(TORCHRUN)
+    assert (environment.rank, environment.size, environment.local_rank, environment.local_size) == (5, 8, 1, 4)
+    assert (environment.master_addr, environment.master_port) == ("node0", 29400)
+    assert not environment.serve_store  # its agent does
+    assert environment.job_id is None
+
+
+def test_a_launcher_without_agent_lets_rank_zero_serve() -> None:
+    environment = ProcessEnvironment.read(
+        {key: value for key, value in TORCHRUN.items() if "ELASTIC" not in key} | {"MASTER_LISTEN_FD": "7"}
+    )
+    assert environment.serve_store
+    assert environment.master_listen_fd == 7
+
+
+@pytest.mark.parametrize("missing", ["MASTER_ADDR", "MASTER_PORT"])
+def test_half_a_rendezvous_is_refused(missing: str) -> None:
+    with pytest.raises(UserError, match=missing):
+        ProcessEnvironment.read({key: value for key, value in TORCHRUN.items() if key != missing})
+
+
+def test_srun() -> None:
+    environment = ProcessEnvironment.read(SRUN)
+    assert (environment.rank, environment.size, environment.local_rank) == (3, 5, 1)
+    assert environment.master_addr == "10.0.0.1"
+    assert (environment.job_id, environment.restarts) == ("4711", 0)
+    assert environment.serve_store
+
+
+@pytest.mark.parametrize(
+    ("tasks", "node", "count"),
+    [("8", "0", 8), ("2(x2),1", "1", 2), ("2(x2),1", "2", 1), ("1,4(x3),2", "0", 1), ("1,4(x3),2", "3", 4)],
+)
+def test_srun_tasks_on_this_node(tasks: str, node: str, count: int) -> None:
+    environ = SRUN | {"SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_NODEID": node}
+    assert ProcessEnvironment.read(environ).local_size == count
+
+
+def test_all_ranks_of_a_step_find_the_same_port() -> None:
+    ports = {ProcessEnvironment.read(SRUN | {"SLURM_PROCID": str(rank)}).master_port for rank in range(5)}
+    assert len(ports) == 1
+
+
+def test_a_requeued_job_meets_elsewhere_below_the_ephemeral_ports() -> None:
+    ports = []
+    for job in ("1", "4711", "99999999"):
+        for restarts in range(20):
+            environ = SRUN | {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": str(restarts)}
+            environment = ProcessEnvironment.read(environ)
+            assert environment.restarts == restarts
+            ports.append(environment.master_port)
+        assert len(set(ports[-20:])) == 20
+    assert all(1024 <= port < 32768 for port in ports)
+
+
+def test_a_given_port_is_taken() -> None:
+    assert ProcessEnvironment.read(SRUN | {"MASTER_PORT": "1234"}).master_port == 1234
+
+
+def test_one_task_under_slurm_is_one_rank_of_a_job() -> None:
+    environment = ProcessEnvironment.read({"SLURM_JOB_ID": "12", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"})
+    assert (environment.size, environment.master_port, environment.job_id) == (1, 0, "12")
+
+
+def test_torchrun_inside_a_job_is_torchruns_world_and_slurms_job() -> None:
+    environment = ProcessEnvironment.read(SRUN | TORCHRUN)
+    assert (environment.rank, environment.size, environment.job_id) == (5, 8, "4711")
+
+
+def test_the_end_of_the_job_is_on_the_monotonic_clock() -> None:
+    environ = SRUN | {"SLURM_JOB_END_TIME": str(int(time.time()) + 1000)}
+    deadline_s = ProcessEnvironment.read(environ).deadline_s
+    assert deadline_s is not None
+    assert abs(deadline_s - time.monotonic() - 1000) < 100
+    assert ProcessEnvironment.read(SRUN).deadline_s is None
+
+
+def test_srun_finds_the_address_of_the_first_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Node names need not resolve: `scontrol` knows the address. Here a script answers as it does."""
+    script = tmp_path / "scontrol"
+    script.write_text(
+        "#!/bin/sh\n"
+        'case "$2" in\n'
+        "hostnames) printf 'node0\\nnode1\\nnode2\\n' ;;\n"
+        'node) printf \'NodeName=%s Arch=x86_64\\n   NodeAddr=10.1.1.7 NodeHostName=%s Version=24\\n\' "$3" "$3" ;;\n'
+        "esac\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    environ = {key: value for key, value in SRUN.items() if key != "MASTER_ADDR"}
+    assert ProcessEnvironment.read(environ).master_addr == "10.1.1.7"
+
+
+def test_a_world_of_one_communicates_with_itself() -> None:
+    world, tensor = World(), torch.arange(3.0)
+    assert world.is_first
+    assert world.all_reduce_sum_(tensor) is tensor
+    assert tensor.tolist() == [0.0, 1.0, 2.0]
+    assert world.broadcast({"a": 1}) == {"a": 1}
+    assert world.gather("x") == ["x"]
+    assert world.first(lambda: 7) == 7
+    world.barrier()
+
+
+def test_what_rank_zero_finds_wrong_is_wrong_for_a_world_of_one() -> None:
+    def wrong() -> None:
+        raise UserError("data.train=x does not exist")
+
+    with pytest.raises(UserError, match=r"data\.train=x"):
+        World().first(wrong)
+
+
+def test_joining_alone_makes_and_ends_a_process_group() -> None:
+    with joined_world(ProcessEnvironment(), timeout_s=30, device="cpu") as world:
+        assert dist.is_initialized()
+        assert (world.rank, world.size, world.device.type) == (0, 1, "cpu")
+        assert world.host
+    assert not dist.is_initialized()
+
+
+def test_the_process_group_ends_with_an_error_too() -> None:
+    with pytest.raises(RuntimeError, match="inside"), joined_world(ProcessEnvironment(), timeout_s=30, device="cpu"):
+        raise RuntimeError("inside")
+    assert not dist.is_initialized()
+
+
+def _communicate(world: World) -> dict[str, Any]:
+    def refuse() -> None:
+        raise UserError("too many ranks")
+
+    try:
+        world.first(refuse)
+        said = "nothing"
+    except SaidByRankZero as error:
+        said = f"again: {error}"
+    except UserError as error:
+        said = str(error)
+    return {
+        "sum": world.all_reduce_sum_(torch.tensor([1.0, float(world.rank)])).tolist(),
+        "broadcast": world.broadcast(f"from {world.rank}"),
+        "gathered": world.gather(world.rank * 10),
+        "first": world.first(lambda: world.rank + 100),
+        "said": said,
+    }
+
+
+@pytest.mark.distributed
+def test_three_ranks_agree(ranks: Any) -> None:
+    results = ranks(3, _communicate)
+    for rank, result in enumerate(results):
+        assert result["sum"] == [3.0, 3.0]
+        assert result["broadcast"] == "from 0"
+        assert result["gathered"] == [0, 10, 20]
+        assert result["first"] == 100
+        assert result["said"] == ("too many ranks" if rank == 0 else "again: too many ranks")
