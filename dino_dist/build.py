@@ -14,7 +14,7 @@ from dino_dist.errors import UserError
 from dino_dist.models.attention import BackendChoice, ResolvedBackend, choose_backend
 from dino_dist.models.dino import DinoNetwork
 from dino_dist.models.head import DinoHead
-from dino_dist.models.vit import VIT_SIZES, ViTShape, VisionTransformer
+from dino_dist.models.vit import VIT_SIZES, VisionTransformer, ViTShape
 from dino_dist.step import DinoStep
 from dino_dist.student_teacher import build_student_teacher
 

@@ -9,8 +9,8 @@ from torch import Tensor
 class Centering:
     """The center c [1, K], a running mean of the teacher's logits over all ranks.
 
-    A step asks for `targets` once a micro-batch, takes this rank's sums, adds them over ranks and calls `update` once. So
-    the center is the same for all parts of a batch, and unequal parts weigh by their number of images.
+    A step asks for `targets` once a micro-batch, takes this rank's sums, adds them over ranks and calls `update` once.
+    So the center is the same for all parts of a batch, and unequal parts weigh by their number of images.
     """
 
     def __init__(self, num_prototypes: int, *, momentum: float, device: torch.device, dtype: torch.dtype) -> None:

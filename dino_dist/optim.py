@@ -84,8 +84,8 @@ def squared_norms(gradients: list[Tensor]) -> Tensor:
 def clip_(gradients: list[Tensor], norms_P: Tensor, *, largest: float, scope: str) -> None:
     """Scale gradients in place so that no norm exceeds `largest` (0: do nothing).
 
-    `scope`: `parameter` (each by its own norm, as published: g * min(1, c / (|g| + 1e-6))) or `global` (all by the norm of
-    all). `norms_P` are norms over all ranks.
+    `scope`: `parameter` (each by its own norm, as published: g * min(1, c / (|g| + 1e-6))) or `global` (all by the norm
+    of all). `norms_P` are norms over all ranks.
     """
     if largest == 0:
         return

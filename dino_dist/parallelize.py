@@ -1,8 +1,8 @@
 """How a network is spread over ranks, in this order: activation checkpointing, compilation, sharding.
 
 Mesh axes: `replicate` (ranks that hold copies; in hsdp, the nodes) and `shard` (ranks that share one copy). fsdp has
-only the second; ddp is hsdp whose shard axis has one rank, so clipping, EMA and checkpoints are one code path. oss is the
-exception: whole parameters, torch's DDP and fairscale's sharded optimizer state.
+only the second; ddp is hsdp whose shard axis has one rank, so clipping, EMA and checkpoints are one code path. oss is
+the exception: whole parameters, torch's DDP and fairscale's sharded optimizer state.
 """
 
 from __future__ import annotations

@@ -3,9 +3,10 @@
     python tools/bench_step.py --arch vit_small --patch-size 16 --batch-size 2 --strategy ddp|fsdp|none [--json]
 
 2 global crops of 224 px and 8 local ones of 96 px, K = 65,536, AdamW, per-parameter clipping, the guard against
-non-finite numbers: the published defaults. Operators are those that reach a TorchDispatchMode; a host synchronisation is
-`_local_scalar_dense`, `nonzero`, `masked_select` or a copy from the device to the host. Saved activations are the distinct
-storages that autograd keeps in the student's forward pass and the loss, parameters and inputs aside, on the meta device.
+non-finite numbers: the published defaults. Operators are those that reach a TorchDispatchMode; a host synchronisation
+is `_local_scalar_dense`, `nonzero`, `masked_select` or a copy from the device to the host. Saved activations are the
+distinct storages that autograd keeps in the student's forward pass and the loss, parameters and inputs aside, on the
+meta device.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
