@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def test_faults_change_nothing(
         run = start(tiny(broken, *settings), size)
         run.wait_for_step(step)
         if fault.startswith("kill"):
-            restored = kill(run, [rng.randrange(size)] if fault == "kill one" else range(size), rng)
+            restored = kill(run, [rng.randrange(size)] if fault == "kill one" else range(size))
         else:
             restored = stop(run, signal.Signals[fault], rng.sample(range(size), rng.randint(1, size)))
         check_restores(run)
@@ -67,11 +67,33 @@ def test_faults_change_nothing(
     assert_same_run(broken, whole)
 
 
+def test_a_stop_between_a_step_and_what_follows_from_it(
+    tiny: Callable[..., list[str]],
+    make_shards: Callable[..., Path],
+    start: Callable[..., Any],
+    assert_same_run: Callable[[Path, Path], None],
+    tmp_path: Path,
+) -> None:
+    """Each step has an evaluation and a bad sample, and a stop comes before the one is made and the other counted."""
+    shards = make_shards(tmp_path / "shards", [12], bad=[b"no image"])
+    settings = [f"data.train={shards}", "train.length=12st", "eval.knn_every=1st", "checkpoint.every=50st"]
+    start(tiny(tmp_path / "whole", *settings), 1).end(0)
+    broken = tiny(tmp_path / "broken", *settings)
+    run = start(broken, 1)
+    run.wait_for_step(3)
+    stopped_at = stop(run, signal.SIGTERM, [0])
+    again = start(broken, 1)
+    again.wait_for_step(stopped_at + 2)
+    kill(again, [0])
+    start(broken, 1).end(0)
+    assert_same_run(tmp_path / "broken", tmp_path / "whole")
+
+
 def shuffled(faults: tuple[str, ...], rng: random.Random) -> list[str]:
     return rng.sample(faults, len(faults))
 
 
-def kill(run: Any, victims: Any, rng: random.Random) -> int:
+def kill(run: Any, victims: Sequence[int]) -> int:
     """kill -9; ranks that are left must end by themselves, with an error. Returns the step to go on from."""
     run.send(signal.SIGKILL, victims)
     codes = run.codes()

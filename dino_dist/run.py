@@ -1,0 +1,154 @@
+"""The parts of a run on one rank: data, networks, monitor, checkpointer, built from the config at step 0."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass, field
+
+import torch
+
+from dino_dist.build import attention_backend, build_step, compute_dtype, vit_shape
+from dino_dist.checkpoint import Checkpointer
+from dino_dist.config import Config
+from dino_dist.data.index import DatasetIndex, open_dataset
+from dino_dist.data.loader import Batch, make_loader
+from dino_dist.data.order import Order
+from dino_dist.data.stream import SampleReader
+from dino_dist.dist import World
+from dino_dist.durations import Duration
+from dino_dist.evaluate import Evaluator, decode_rules
+from dino_dist.monitor import Monitor
+from dino_dist.preemption import AgreedWord, StopSignals
+from dino_dist.run_session import RunSession, said_by_rank_zero
+from dino_dist.schedules import Schedules, build_schedules
+from dino_dist.step import DinoStep
+from dino_dist.throughput import ThroughputMeter
+from dino_dist.views import ViewDescription, ViewRenderer, view_recipes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Every:
+    """The steps at which something is due, from the config's durations; None: never."""
+
+    log: int
+    pictures: int
+    save: int
+    keep: int | None
+    knn: int | None
+    drift: int
+    profile: int | None
+
+
+@dataclass(kw_only=True)
+class Run:
+    """The parts of a run on this rank, and how far it is."""
+
+    introduction: tuple[str, ...]
+    """Lines for the person at the terminal, said once nothing stands in the run's way."""
+    config: Config
+    world: World
+    session: RunSession
+    dataset: DatasetIndex
+    order: Order
+    schedules: Schedules
+    every: Every
+    step: DinoStep
+    render: ViewRenderer
+    checkpointer: Checkpointer
+    monitor: Monitor
+    evaluator: Evaluator | None
+    signals: StopSignals
+    word: AgreedWord = field(default_factory=AgreedWord)
+    meter: ThroughputMeter = field(default_factory=ThroughputMeter)
+    steps_done: int = 0
+    evaluated_at: int = 0
+    """Steps done at the last k-NN evaluation."""
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    bad_samples: int = 0
+    drift_checked: int = 0
+
+
+def build_run(config: Config, world: World, session: RunSession, signals: StopSignals) -> Run:
+    """Open the data and build the parts of a run at step 0."""
+    index_dir = session.folder.path / "index"
+    dataset = world.first(lambda: open_dataset(config.data.train, fallback_dir=index_dir))
+    schedules = build_schedules(config, dataset.num_samples)
+    every = resolve_every(config, dataset.num_samples)
+    with said_by_rank_zero(world):
+        backend = attention_backend(config, world.device)
+    dtype = compute_dtype(config, world.device)
+    introduction = (
+        f"{world.size} ranks on {world.device.type}, {config.parallel.strategy}, {dtype}, attention {backend.name} "
+        f"({backend.reason}); {dataset.num_samples} images, {schedules.total_steps} steps of {config.train.batch_size}"
+    )
+    run = Run(
+        introduction=(introduction, *schedules.notes),
+        config=config,
+        world=world,
+        session=session,
+        dataset=dataset,
+        order=Order(
+            shard_counts=dataset.shard_counts, seed=config.run.seed, shards_per_block=config.data.shards_per_block
+        ),
+        schedules=schedules,
+        every=every,
+        step=build_step(config, world, backend.name),
+        render=ViewRenderer(config, world.device, torch.float64 if dtype == torch.float64 else torch.float32),
+        checkpointer=Checkpointer(
+            session.folder,
+            session.attempt,
+            world,
+            keep=config.checkpoint.keep,
+            keep_every_steps=every.keep,
+            async_save=config.checkpoint.async_save,
+        ),
+        evaluator=Evaluator(config, world, index_dir) if config.data.eval_train is not None else None,
+        signals=signals,
+        monitor=Monitor(config, world, session, schedules, every_pictures=every.pictures),
+    )
+    return run
+
+
+def resolve_every(config: Config, dataset_size: int) -> Every:
+    """All `every` durations in steps, at least one each."""
+
+    def steps(text: str) -> int:
+        return max(Duration.parse(text).steps(batch_size=config.train.batch_size, dataset_size=dataset_size), 1)
+
+    def optional(text: str | None) -> int | None:
+        return None if text is None else steps(text)
+
+    return Every(
+        log=steps(config.metrics.every),
+        pictures=steps(config.metrics.pictures_every),
+        save=steps(config.checkpoint.every),
+        keep=optional(config.checkpoint.keep_every),
+        knn=optional(config.eval.knn_every),
+        drift=steps(config.ema.all_reduce_every),
+        profile=optional(config.metrics.profile_at),
+    )
+
+
+def loader(run: Run) -> Generator[list[Batch]]:
+    """The micro-batches of every step that is left, for this rank."""
+    config, world = run.config, run.world
+    describe = ViewDescription(
+        recipes=tuple(view_recipes(config.augment)),
+        seed=config.run.seed,
+        drop_path_rates=vit_shape(config).drop_path_rates,
+    )
+    return make_loader(
+        SampleReader(dataset=run.dataset, rules=decode_rules(config.data)),
+        run.order,
+        batch_size=config.train.batch_size,
+        rank=world.rank,
+        size=world.size,
+        accumulate=config.train.accumulate,
+        start_step=run.steps_done,
+        stop_step=run.schedules.total_steps,
+        num_workers=config.data.num_workers,
+        prefetch=config.data.prefetch_steps,
+        pin=world.device.type == "cuda",
+        describe=describe,
+    )
