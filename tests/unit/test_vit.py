@@ -192,3 +192,13 @@ def test_saved_activations_are_the_sixteen_units_of_a_block() -> None:
     assert output.requires_grad
     # Besides: the images (3/4 of a unit here), the statistics of norms and softmax (5 of 64 a block), the CLS rows.
     assert 16 * shape.depth <= units <= 16 * shape.depth + 1.5
+
+
+@pytest.mark.parametrize("init_std", [0.02, 0.1])
+def test_initial_weights_have_the_asked_spread(init_std: float) -> None:
+    torch.manual_seed(0)
+    shape = ViTShape(embed_dim=64, depth=2, num_heads=2, patch_size=4, image_px=16, init_std=init_std)
+    model = VisionTransformer(shape, "sdpa")
+    for name in ("blocks.0.attn.qkv.weight", "blocks.1.mlp.fc1.weight", "pos_embed"):
+        assert model.get_parameter(name).std().item() == pytest.approx(init_std, rel=0.1)
+    assert model.get_parameter("blocks.0.mlp.fc1.bias").abs().max().item() == 0.0
