@@ -6,7 +6,7 @@ import torch
 
 from dino_dist.data.loader import Batch
 from dino_dist.data.stream import BadRecord
-from dino_dist.errors import RunFailed, UserError
+from dino_dist.errors import FailedTogether, UserError
 from dino_dist.run import Run
 from dino_dist.run_session import said_by_rank_zero
 from dino_dist.step import StepResult
@@ -67,7 +67,7 @@ def count_skipped(run: Run, step: int, accepted: bool) -> None:
     run.session.ledger_row("fault", step, why, sample_ids=sample_ids.tolist())
     run.monitor.say(why)
     if run.skipped_in_a_row >= run.config.train.non_finite_patience:
-        raise RunFailed(
+        raise FailedTogether(
             f"{run.skipped_in_a_row} steps in a row were not finite, the last step {step}: the run stops before it "
             f"wastes more; see {run.session.folder.ledger} for the samples, lower optim.lr or use train.precision=fp32"
         )

@@ -260,7 +260,7 @@ class MetricsSection:
     tensorboard: bool = True
     """Write TensorBoard event files beside metrics.jsonl."""
     pictures_every: str = _duration("1000st")
-    """Between attention maps and histograms in TensorBoard."""
+    """Between attention maps and histograms in TensorBoard; they come with rows, so on steps of `every` only."""
     profile_at: str | None = _duration(None)
     """Trace a window of steps from here with torch.profiler; null: never."""
     profile_steps: int = _number(3, at_least=1)

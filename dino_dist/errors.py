@@ -16,5 +16,9 @@ class RunFailed(Exception):
     """The run cannot go on, for a reason that is no fault of the program; one line, exit code 1."""
 
 
+class FailedTogether(RunFailed):
+    """A `RunFailed` that every rank raises alike; only rank 0 prints the line."""
+
+
 class Superseded(Exception):
     """A newer attempt owns the run folder: this process must write nothing more and end."""

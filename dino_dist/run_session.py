@@ -154,6 +154,12 @@ def check_continues(folder: RunFolder, config: Config, *, accept_changes: bool) 
         ) from None
     if not isinstance(saved, dict) or not all(isinstance(section, dict) for section in saved.values()):
         raise UserError(f"{folder.config} is not a run's config: restore or remove it")
+    batch_size = saved.get("train", {}).get("batch_size")
+    if batch_size != config.train.batch_size:
+        raise UserError(
+            f"train.batch_size={config.train.batch_size} on run.dir={folder.path}, which trains with {batch_size}: the "
+            "position in the data is counted in batches; set it back or choose another run.dir"
+        )
     refused, allowed = differences(saved, config)
     if refused and not accept_changes:
         raise UserError(

@@ -16,7 +16,7 @@ from dino_dist.build import check_strategy
 from dino_dist.config import Config, check_for_world
 from dino_dist.data.loader import Batch
 from dino_dist.dist import ProcessEnvironment, joined_world, shorten_timeout
-from dino_dist.errors import RunFailed
+from dino_dist.errors import FailedTogether, RunFailed
 from dino_dist.evaluate import cls_forward
 from dino_dist.health import center_norm
 from dino_dist.preemption import AgreedWord, StopSignals
@@ -193,7 +193,9 @@ def stop_early(run: Run) -> int:
     """Save at this step, on all ranks, and leave."""
     run.session.signal_row(run.steps_done, run.signals.reason)
     if not save(run, wait=True):
-        raise RunFailed(f"stopped at step {run.steps_done} but its checkpoint could not be written: see the ledger")
+        raise FailedTogether(
+            f"stopped at step {run.steps_done} but its checkpoint could not be written: see the ledger"
+        )
     run.session.ledger_row("stop", run.steps_done, "stopped early, everything saved")
     run.monitor.say(f"stopped at step {run.steps_done}, saved; the same command goes on from here")
     return STOPPED
@@ -208,7 +210,7 @@ def finish(run: Run) -> int:
     if run.evaluated_at != run.steps_done:
         evaluate(run)
     if not save(run, wait=True):
-        raise RunFailed(f"the last checkpoint, of step {run.steps_done}, could not be written: see the ledger")
+        raise FailedTogether(f"the last checkpoint, of step {run.steps_done}, could not be written: see the ledger")
     run.session.ledger_row("stop", run.steps_done, "reached train.length")
     run.monitor.say(f"done: {run.steps_done} steps")
     return DONE

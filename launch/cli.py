@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dino_dist.errors import RunFailed, SaidByRankZero, Superseded, UserError
+from dino_dist.errors import FailedTogether, RunFailed, SaidByRankZero, Superseded, UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 shards_app = typer.Typer(no_args_is_help=True, help="Make, index and check WebDataset tar shards.")
@@ -192,7 +192,11 @@ def _exit_code(command: Callable[[], Any]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (RunFailed, Superseded) as error:
-        print(f"failed: {error}", file=sys.stderr)
+        if (
+            not isinstance(error, FailedTogether)
+            or int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+        ):
+            print(f"failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -129,6 +129,9 @@ def test_another_config_on_resume(cli: Callable[..., Any], tiny: Callable[..., l
     assert [row["step"] for row in read_rows(trained / "metrics.jsonl") if "loss" in row] == [1, 2, 3, 4, 5, 6]
     starts = [row["why"] for row in read_rows(trained / "ledger.jsonl") if row["event"] == "start"]
     assert "optim.beta2: 0.999 -> 0.99" in starts[-1]
+    # The position in the data is counted in batches: that no word can allow.
+    line = cli("train", *tiny(trained, "train.batch_size=9"), "--accept-changes").refusal()
+    assert "train.batch_size=9" in line
     # What changes no result needs no word.
     assert cli("train", *changed, "metrics.every=2st", "checkpoint.keep=5").code == 0
 
