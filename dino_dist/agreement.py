@@ -17,6 +17,8 @@ def flags(run: Run, micro_batches: list[Batch]) -> torch.Tensor:
     run.session.check_superseded()
     bad = [record for batch in micro_batches for record in replaced_samples(batch)]
     run.session.list_bad_samples(run.steps_done + 1, bad)
+    if run.checkpointer.last_save_s is not None:
+        run.signals.save_s = run.checkpointer.last_save_s
     word = run.signals.word
     return word_tensor(run, [float(word == 1), float(word == 2), float(len(bad))])
 

@@ -25,7 +25,8 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     """The dtype of matrix products: `train.precision`, where auto is bf16 on GPUs that have it, else fp32."""
     precision = config.train.precision
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if has_bf16 else "fp32"
     return _DTYPES[precision]
 
 
@@ -44,7 +45,11 @@ def vit_shape(config: Config) -> ViTShape:
 
 
 def attention_backend(config: Config, device: torch.device) -> BackendChoice:
-    """The attention backend of a run, and why it was chosen."""
+    """The attention backend of a run, and why it was chosen; `UserError` for xformers in compiled blocks."""
+    if config.train.compile and config.model.attention == "xformers":
+        raise UserError("train.compile=true breaks at xformers' operators: use model.attention=auto or sdpa")
+    if config.train.compile and config.model.attention == "auto":
+        return BackendChoice(name="sdpa", reason="xformers does not compile")
     shape = vit_shape(config)
     return choose_backend(
         config.model.attention,
@@ -58,7 +63,7 @@ def attention_backend(config: Config, device: torch.device) -> BackendChoice:
 def build_network(config: Config, attention: ResolvedBackend, *, is_teacher: bool, world_size: int) -> DinoNetwork:
     """One network on the CPU, its weights a pure function of `run.seed`.
 
-    The teacher's prototypes always keep their norms: it has no gradients to train them with (as published).
+    The teacher's prototype norms have no gradients (as published); where the student trains its own they follow by EMA.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
@@ -93,10 +98,17 @@ def build_step(config: Config, world: World, attention: ResolvedBackend) -> Dino
     return DinoStep(config, networks, world, autocast)
 
 
-def check_strategy(config: Config) -> None:
-    """Raise `UserError` for a strategy and an option that exclude each other."""
-    if config.train.compile and config.parallel.activation_checkpointing.startswith("fairscale"):
+def check_strategy(config: Config, device: torch.device) -> None:
+    """Raise `UserError` for sizes, a strategy and options that exclude each other."""
+    vit_shape(config)
+    kind = config.parallel.activation_checkpointing
+    if not kind.startswith("fairscale"):
+        return
+    if config.train.compile:
+        raise UserError(f"train.compile=true cannot trace parallel.activation_checkpointing={kind}: use torch")
+    if compute_dtype(config, device) == torch.bfloat16 and config.parallel.strategy in ("none", "oss"):
+        # fairscale recomputes under autocast's default dtype, not under the one of the forward.
         raise UserError(
-            "train.compile=true cannot trace parallel.activation_checkpointing="
-            f"{config.parallel.activation_checkpointing}: use torch"
+            f"parallel.activation_checkpointing={kind} recomputes in another precision than bf16 under "
+            f"parallel.strategy={config.parallel.strategy}: use activation_checkpointing=torch or a sharded strategy"
         )

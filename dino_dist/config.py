@@ -7,7 +7,7 @@ public implementation) for a ViT-S/16, except where a comment says otherwise. `c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -15,10 +15,9 @@ from dino_dist.durations import Duration
 from dino_dist.errors import UserError
 
 
-def _number(
-    default: float, *, at_least: float | None = None, above: float | None = None, at_most: float | None = None
-) -> Any:
-    return field(default=default, metadata={"at_least": at_least, "above": above, "at_most": at_most})
+def _number(default: float, **limits: float) -> Any:
+    """A number; `limits`: at_least, above, at_most, below."""
+    return field(default=default, metadata=limits)
 
 
 def _duration(default: str | None) -> Any:
@@ -119,7 +118,7 @@ class AugmentSection:
     """Side of the two global crops."""
     local_px: int = _number(96, at_least=1)
     """Side of the local crops."""
-    local_crops: int = _number(8, at_least=0)
+    local_crops: int = _number(8, at_least=0, at_most=254)
     """Number of local crops."""
     global_scale: tuple[float, float] = _interval(0.4, 1.0)
     """Share of the image's area a global crop covers."""
@@ -207,9 +206,9 @@ class OptimSection:
     """At the start; biases and norms have none."""
     weight_decay_final: float = _number(0.4, at_least=0)
     """Where the cosine ends."""
-    beta1: float = _number(0.9, **_PROBABILITY)
+    beta1: float = _number(0.9, at_least=0, below=1)
     """AdamW."""
-    beta2: float = _number(0.999, **_PROBABILITY)
+    beta2: float = _number(0.999, at_least=0, below=1)
     """AdamW."""
     eps: float = _number(1e-8, above=0)
     """AdamW."""
@@ -362,8 +361,9 @@ def check(config: Config) -> None:
         )
 
 
-def check_for_world(config: Config, size: int) -> None:
-    """Raise `UserError` if the config cannot run on `size` ranks."""
+def check_for_world(config: Config, local_sizes: Sequence[int]) -> None:
+    """Raise `UserError` if the config cannot run on these ranks; `local_sizes`: of each, how many share its node."""
+    size = len(local_sizes)
     parallel, batch_size = config.parallel, config.train.batch_size
     if size > batch_size:
         raise UserError(f"{size} ranks for train.batch_size={batch_size} images a step: use at most {batch_size} ranks")
@@ -379,6 +379,9 @@ def check_for_world(config: Config, size: int) -> None:
             raise UserError("parallel.strategy=hsdp needs at least two ranks: use fsdp or none on one")
         if parallel.replicate and size % parallel.replicate:
             raise UserError(f"parallel.replicate={parallel.replicate} does not divide {size} ranks into equal groups")
+        if not parallel.replicate and (len(set(local_sizes)) > 1 or local_sizes[0] == size):
+            nodes = "one node" if local_sizes[0] == size else "nodes with unequal numbers of ranks"
+            raise UserError(f"parallel.strategy=hsdp on {nodes} needs parallel.replicate=N: the number of replicas")
     elif parallel.replicate:
         raise UserError(
             f"parallel.replicate={parallel.replicate} is for hsdp, not parallel.strategy={parallel.strategy}"
@@ -398,10 +401,11 @@ def _check_leaf(key: str, value: Any, limits: dict[str, Any]) -> None:
     numbers = value if isinstance(value, tuple) else (value,)
     if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
         raise UserError(f"{key}={value} is out of range: give finite numbers")
-    bounds = {name: limits[name] for name in ("at_least", "above", "at_most") if limits.get(name) is not None}
+    bounds = {name: limits[name] for name in ("at_least", "above", "at_most", "below") if limits.get(name) is not None}
     inside = {
         "at_least": lambda bound: value >= bound,
         "above": lambda bound: value > bound,
+        "below": lambda bound: value < bound,
         "at_most": lambda bound: value <= bound,
     }
     if not all(inside[name](bound) for name, bound in bounds.items()):

@@ -1,4 +1,4 @@
-"""The world a process runs in: rank, device, collectives between ranks. The only reader of RANK and SLURM_*."""
+"""The world a process runs in: rank, device, collectives between ranks. RANK and SLURM_* are read here."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -37,6 +38,8 @@ class ProcessEnvironment:
     """On rank 0: a socket that already listens on the port, if the starter made one."""
     serve_store: bool = True
     """False where torchrun itself serves the rendezvous."""
+    devices_may_be_masked: bool = False
+    """True under srun, which may show each task its own GPU alone."""
     job_id: str | None = None
     """Of the Slurm job."""
     restarts: int | None = None
@@ -49,6 +52,8 @@ class ProcessEnvironment:
         """The environment of this process; `UserError` if a starter set only some of its variables, or no numbers."""
         try:
             return ProcessEnvironment._read(environ)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise UserError(f"cannot ask Slurm for the first node's address ({error}): set MASTER_ADDR to it") from None
         except (KeyError, ValueError, IndexError) as error:
             raise UserError(
                 f"the variables of torchrun or srun are incomplete ({type(error).__name__}: {error}): unset RANK and "
@@ -77,6 +82,7 @@ class ProcessEnvironment:
                 local_size=_slurm_tasks_on_this_node(environ),
                 master_addr=environ.get("MASTER_ADDR") or _slurm_first_node_address(environ["SLURM_STEP_NODELIST"]),
                 master_port=int(environ.get("MASTER_PORT") or _slurm_port(environ)),
+                devices_may_be_masked=True,
                 **_slurm_job(environ),
             )
         return ProcessEnvironment(**_slurm_job(environ))
@@ -128,7 +134,7 @@ def _slurm_port(environ: Mapping[str, str]) -> int:
 class World:
     """This rank among all ranks. Passed to whatever communicates; a world of one needs no process group.
 
-    Reductions are over all ranks. `replicas` says how many ranks hold the same shard (see `parallelize.py`).
+    Reductions are over all ranks.
     """
 
     rank: int = 0
@@ -191,19 +197,21 @@ def joined_world(
     """Join the other ranks, yield this rank's `World`, leave again.
 
     `device`: `cpu`, `cuda`, or `auto` for CUDA where there is one. A long `timeout_s` suits the start (indexing,
-    compiling); `shorten_timeout` cuts it after the first step. CUDA ranks get gloo beside NCCL for CPU tensors.
+    compiling); `set_timeout` cuts it after the first step. CUDA ranks get gloo beside NCCL for CPU tensors.
     """
     if deterministic:
         # cuBLAS reads it when its first handle is made, and torch's deterministic mode insists on it.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device=cuda, but torch sees no CUDA device here: use train.device=auto or cpu")
+    use_cuda = device != "cpu" and torch.cuda.is_available()
+    torch_device = torch.device("cuda", _cuda_index(environment)) if use_cuda else torch.device("cpu")
     if use_cuda:
-        # A launcher that masks devices leaves one visible; otherwise the local rank names it.
-        index = environment.local_rank % torch.cuda.device_count()
-        torch.cuda.set_device(index)
-        torch_device = torch.device("cuda", index)
-    else:
-        torch_device = torch.device("cpu")
+        torch.cuda.set_device(torch_device)
+    interface = _interface_towards(environment.master_addr)
+    if interface is not None:
+        # Left alone, gloo listens where the host's own name resolves to, which is loopback on many systems.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     timeout = timedelta(seconds=timeout_s)
     store: TCPStore | HashStore
@@ -232,7 +240,39 @@ def joined_world(
         dist.destroy_process_group()
 
 
-def shorten_timeout(timeout_s: float) -> None:
-    """From now on a collective that waits longer than this fails: after the first step a wait means a dead rank."""
+def _cuda_index(environment: ProcessEnvironment) -> int:
+    """The device of a local rank: its own where Slurm masks the others, else the one with its number."""
+    visible = torch.cuda.device_count()
+    if visible == 1 and environment.devices_may_be_masked:
+        return 0
+    if environment.local_rank >= visible:
+        raise UserError(
+            f"rank {environment.local_rank} of this machine has no GPU of its own ({visible} visible): start at most "
+            f"{visible} ranks here, or use train.device=cpu"
+        )
+    return environment.local_rank
+
+
+def _interface_towards(address: str) -> str | None:
+    """The network interface that routes to another machine; None for this machine itself, or if none is found."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 9))  # sends nothing: it only chooses a route
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    if own.startswith("127."):
+        return None
+    names = [name for name, entries in psutil.net_if_addrs().items() if any(entry.address == own for entry in entries)]
+    return names[0] if names else None
+
+
+def set_timeout(timeout_s: float, groups: Iterable[dist.ProcessGroup] = ()) -> None:
+    """From now on a collective of all ranks, or of `groups`, that waits longer than this fails.
+
+    Long at the start (indexing, compiling), short after the first step, when a wait means a dead rank.
+    """
     if dist.is_initialized():
         dist.set_timeout(timedelta(seconds=timeout_s))
+    for group in groups:
+        dist.set_timeout(timedelta(seconds=timeout_s), group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from dino_dist.eval.knn import KnnAccuracy, knn_accuracy
 from dino_dist.models.dino import DinoNetwork
 
 Forward = Callable[[Tensor], Tensor]
+Autocast = Callable[[], AbstractContextManager[None]]
 
 
 def decode_rules(data: DataSection) -> DecodeRules:
@@ -31,11 +33,12 @@ def decode_rules(data: DataSection) -> DecodeRules:
     )
 
 
-def cls_forward(network: DinoNetwork) -> Forward:
+def cls_forward(network: DinoNetwork, autocast: Autocast = nullcontext) -> Forward:
     """The normed class token of the last block: what the published k-NN compares."""
 
     def forward(images: Tensor) -> Tensor:
-        return network.features(images)[-1][:, 0]
+        with autocast():
+            return network.features(images)[-1][:, 0]
 
     return forward
 
@@ -58,11 +61,11 @@ class Evaluator:
         self._train = world.first(lambda: open_dataset(train, fallback_dir=index_dir))
         self._test = world.first(lambda: open_dataset(test, fallback_dir=index_dir))
 
-    def knn(self, forward: Forward) -> dict[int, KnnAccuracy]:
-        """Accuracy for each `eval.knn_k`, the same on all ranks; a collective."""
+    def knn(self, forward: Forward) -> tuple[dict[int, KnnAccuracy], LabelledFeatures]:
+        """Accuracy for each `eval.knn_k`, and the test features, the same on all ranks; a collective."""
         train, test = self.features(forward, "train"), self.features(forward, "test")
         section = self._config.eval
-        return knn_accuracy(
+        accuracies = knn_accuracy(
             train.features_ND,
             train.labels_N,
             test.features_ND,
@@ -71,6 +74,7 @@ class Evaluator:
             temperature=section.knn_temperature,
             world=self._world,
         )
+        return accuracies, test
 
     def features(self, forward: Forward, split: str) -> LabelledFeatures:
         """Features of one split (`train` or `test`), ordered by sample id; a collective."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,10 @@ def newest_checkpoint(run: Path) -> VerifiedCheckpoint:
 
 def load_network(config: Config, checkpoint: VerifiedCheckpoint, role: str, device: torch.device) -> DinoNetwork:
     """The `teacher` or `student` of a checkpoint, whatever number of ranks wrote it."""
-    network = build_network(config, attention_backend(config, device).name, is_teacher=role == "teacher", world_size=1)
+    # Evaluation computes in the weights' own type, whatever training computed in.
+    weights = replace(config.train, precision="fp64" if config.train.precision == "fp64" else "fp32", compile=False)
+    attention = attention_backend(replace(config, train=weights), device).name
+    network = build_network(config, attention, is_teacher=role == "teacher", world_size=1)
     if config.train.precision == "fp64":
         network.double()
     load_tensors(checkpoint, {f"{role}.{name}": tensor for name, tensor in network.state_dict().items()}, subset=True)
@@ -58,7 +62,7 @@ def knn_of_run(run: Path, overrides: Sequence[str], *, role: str) -> dict[str, A
     use_cuda = torch.cuda.is_available() and config.train.device != "cpu"
     world = World(device=torch.device("cuda" if use_cuda else "cpu"))
     network = load_network(config, checkpoint, role, world.device)
-    accuracies = Evaluator(config, world, run / "index").knn(cls_forward(network))
+    accuracies, _ = Evaluator(config, world, run / "index").knn(cls_forward(network))
     result: dict[str, Any] = {"run": str(run), "step": checkpoint.step, "network": role}
     for k, accuracy in accuracies.items():
         result |= {f"knn_top1_k{k}": accuracy.top1, f"knn_top5_k{k}": accuracy.top5}

@@ -13,7 +13,8 @@ from dino_dist.alarms import CollapseWatch
 from dino_dist.config import Config
 from dino_dist.dist import World
 from dino_dist.eval.attention_maps import cls_attention_maps, to_unit_range
-from dino_dist.evaluate import Evaluator, cls_forward
+from dino_dist.eval.features import LabelledFeatures
+from dino_dist.evaluate import Evaluator
 from dino_dist.ledger import JsonLines
 from dino_dist.metrics import MetricsWriter
 from dino_dist.progress import Progress
@@ -96,16 +97,15 @@ class Monitor:
         if evaluator is None:
             return
         images = evaluator.images(list(range(min(_PICTURED_IMAGES, evaluator.num_test_images))))
-        with torch.no_grad():
+        with torch.no_grad(), training.autocast():
             attention = training.networks.teacher.last_attention(images)
         patches = self._config.eval.crop_px // self._config.model.patch_size
         maps = cls_attention_maps(attention, grid=(patches, patches))
         self._writer.attention(step, images, maps, mean=self._config.data.mean, std=self._config.data.std)
 
-    def embedding(self, step: int, training: DinoStep, evaluator: Evaluator) -> None:
+    def embedding(self, step: int, features: LabelledFeatures, evaluator: Evaluator) -> None:
         """The test features of the last evaluation in TensorBoard's projector."""
         assert self._writer is not None
-        features = evaluator.features(cls_forward(training.networks.teacher), "test")
         ids = features.ids_N[torch.linspace(0, len(features.ids_N) - 1, min(1000, len(features.ids_N))).long()]
         if self._world.is_first:
             images = to_unit_range(
@@ -115,7 +115,7 @@ class Monitor:
             self._writer.embedding(step, features.features_ND[rows], features.labels_N[rows], images)
 
     def profile(self, step: int, start: int | None) -> None:
-        """Trace the steps `start + 1 .. start + metrics.profile_steps` on rank 0 into the TensorBoard folder."""
+        """Trace the steps `start + 1 .. start + metrics.profile_steps` on rank 0 into the run folder."""
         if start is None or not self._world.is_first:
             return
         if step == start:

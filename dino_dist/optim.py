@@ -7,7 +7,7 @@ nobody waits for the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -237,11 +237,12 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: ShardedParam
 
 
 def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Every field of the parameter groups but the parameters; plain values for JSON."""
-    return [{key: value for key, value in _plain(group)} for group in optimizer.param_groups]
-
-
-def _plain(group: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
-    for key, value in group.items():
-        if key != "params":
-            yield key, list(value) if isinstance(value, tuple) else value
+    """Every field of the parameter groups that JSON can hold: not the parameters, and no function."""
+    return [
+        {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in group.items()
+            if isinstance(value, int | float | str | tuple | None)
+        }
+        for group in optimizer.param_groups
+    ]

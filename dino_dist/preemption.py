@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import parent_process
 from types import FrameType, TracebackType
 from typing import Any, Final
 
@@ -27,6 +22,8 @@ _WORD_OF: Final = {
 }
 # A terminal's Ctrl-C reaches a rank twice when its launcher passes it on too; a human needs longer for the second.
 _SECOND_INTERRUPT_AFTER_S: Final = 1.0
+_UNKNOWN_SAVE_S: Final = 60.0
+"""Assumed before the first save was measured: too long costs a little work, too short all since the last save."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +51,7 @@ class StopSignals:
         """
         self.deadline_s = deadline_s
         self.margin_s = margin_s
-        self.save_s = 0.0
+        self.save_s = _UNKNOWN_SAVE_S
         """Seconds that a save takes, as measured; the owner of the loop keeps it up to date."""
         self.reason: StopReason | None = None
         """The first cause to stop; None while there is none."""
@@ -138,40 +135,3 @@ class AgreedWord:
         if copied is not None:
             copied.synchronize()
         return [float(value) for value in values.tolist()]
-
-
-def reset_in_worker() -> None:
-    """In a data worker: leave the decision to stop to the training process, and stay alive until it ends us.
-
-    Slurm and a terminal signal every process of a job. A worker with the training's handlers would requeue the job; one
-    with the default action would die and take the last step's batch, hence the save, with it. So SIGINT, SIGUSR1 and
-    SIGUSR2 are ignored, and SIGTERM counts only when it comes from the process that started the worker.
-    """
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGCONT, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parent = parent_process()
-    if parent is None or parent.pid is None or not hasattr(signal, "sigwaitinfo"):
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_exit_when_told_by, args=(parent.pid,), name="sigterm", daemon=True).start()
-
-
-def _exit_when_told_by(pid: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != pid:
-        pass
-    os._exit(0)
-
-
-@contextmanager
-def stop_signals_blocked() -> Iterator[None]:
-    """Hold stop signals back while helper processes start, which inherit that for life: a forkserver needs it too.
-
-    Signals that come meanwhile reach this process at the end of the block. Workers call `reset_in_worker`.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*_WORD_OF, signal.SIGUSR1})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -21,7 +21,6 @@ def save(run: Run, *, wait: bool) -> bool:
     """Save everything that the next step depends on."""
     with run.meter.paused():
         saved = run.checkpointer.save(run.step.tensors(), state(run), step=run.steps_done, wait=wait)
-    run.signals.save_s = run.checkpointer.last_save_s or 0.0
     return saved
 
 
@@ -30,12 +29,14 @@ def state(run: Run) -> dict[str, Any]:
     return {
         "step": run.steps_done,
         "samples_consumed": run.steps_done * run.config.train.batch_size,
+        "computed_with": run.computed_with,
         "skipped_steps": run.skipped_steps,
         "skipped_in_a_row": run.skipped_in_a_row,
         "bad_samples": run.bad_samples,
+        "save_s": run.checkpointer.last_save_s,
         "unread_word": unread_word(run),
         "alarms": run.monitor.watch.state_dict(),
-        "optimizer_groups": group_settings(run.step.update.outer),
+        "optimizer_groups": group_settings(run.step.update.outer),  # for readers: a resumed run takes its schedules'
         "config": to_plain(run.config),
         "dataset_hash": run.dataset.hash,
         "dataset_samples": run.dataset.num_samples,
@@ -50,7 +51,7 @@ def restore(run: Run) -> None:
         choice = run.checkpointer.newest()
     if choice is not None:
         load(run, choice)
-    run.session.begin(run.steps_done)
+    run.session.begin(run.config, run.steps_done)
     run.evaluated_at = run.session.last_logged("knn_top1")
     run.monitor.begin(run.steps_done, {key: value for key, value, _ in leaves(run.config)})
     for line in run.introduction:
@@ -69,10 +70,13 @@ def load(run: Run, choice: VerifiedCheckpoint) -> None:
             )
         saved = run.checkpointer.load(choice, run.step.tensors())
     run.steps_done = choice.step
-    run.step.usage.updates = choice.step
     run.skipped_steps = saved["skipped_steps"]
     run.skipped_in_a_row = saved["skipped_in_a_row"]
     run.bad_samples = saved["bad_samples"]
+    if saved["save_s"] is not None:
+        run.signals.save_s = saved["save_s"]
+    if saved["computed_with"] != run.computed_with:
+        run.introduction.append(f"resuming with {run.computed_with} what was computed with {saved['computed_with']}")
     if saved["unread_word"] is not None:
         run.word.post(word_tensor(run, saved["unread_word"]))
     # It is looked at on log steps: what fell due since the last one is still to be done.

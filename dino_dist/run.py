@@ -43,8 +43,10 @@ class Every:
 class Run:
     """The parts of a run on this rank, and how far it is."""
 
-    introduction: tuple[str, ...]
+    introduction: list[str]
     """Lines for the person at the terminal, said once nothing stands in the run's way."""
+    computed_with: dict[str, str]
+    """What `auto` settings came to here: device, precision, attention."""
     config: Config
     world: World
     session: RunSession
@@ -83,7 +85,8 @@ def build_run(config: Config, world: World, session: RunSession, signals: StopSi
         f"({backend.reason}); {dataset.num_samples} images, {schedules.total_steps} steps of {config.train.batch_size}"
     )
     run = Run(
-        introduction=(introduction, *schedules.notes),
+        introduction=[introduction, *schedules.notes],
+        computed_with={"device": world.device.type, "precision": str(dtype), "attention": backend.name},
         config=config,
         world=world,
         session=session,

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from dino_dist.config import Config
-from dino_dist.config_file import differences, to_plain, to_yaml
+from dino_dist.config_file import differences, to_yaml
 from dino_dist.data.stream import BadRecord
 from dino_dist.dist import ProcessEnvironment, World
 from dino_dist.errors import SaidByRankZero, Superseded, UserError
@@ -42,12 +42,17 @@ class RunSession:
         """The list of samples that could not be decoded, one JSON object each."""
         return self.folder.logs / "bad_samples.jsonl"
 
-    def begin(self, steps_done: int) -> None:
-        """Enter the start into the ledger and cut what an earlier start wrote after the restored step."""
+    def begin(self, config: Config, steps_done: int) -> None:
+        """Enter the start into the ledger and cut what an earlier start wrote after the restored step.
+
+        Only now is the folder's config replaced: one that its checkpoint does not fit was refused before.
+        """
         self.first_step = steps_done
         if self._world.is_first:
             JsonLines(self.folder.metrics, self.attempt).cut_after(steps_done)
             self._bad_samples.cut_after(steps_done)
+            with self.attempt.exclusive():
+                write_config(self.folder, config)
             changes = f"; changed: {', '.join(self._changes)}" if self._changes else ""
             self._write("start", steps_done, f"{self._world.size} ranks{changes}")
         self._world.barrier()  # rows that other ranks write from now on are not cut
@@ -117,8 +122,6 @@ def open_session(
         changes = check_continues(folder, config, accept_changes=accept_changes)
         attempt = folder.begin_attempt(environment.job_id, restarts=environment.restarts)
         owned.append(attempt)
-        with attempt.exclusive():
-            write_config(folder, config)
         return attempt.number, changes
 
     owned: list[Attempt] = []
@@ -174,18 +177,3 @@ def write_config(folder: RunFolder, config: Config) -> None:
     temporary = folder.config.with_suffix(".yaml.tmp")
     temporary.write_text(to_yaml(config), encoding="utf-8")
     temporary.replace(folder.config)
-
-
-def saved_config(folder: Path) -> dict[str, Any]:
-    """The resolved config of a run folder, as plain values; `UserError` if there is none."""
-    path = RunFolder(folder).config
-    if not path.is_file():
-        raise UserError(f"{folder} is not a run folder: it has no config.yaml")
-    saved = yaml.safe_load(path.read_text(encoding="utf-8"))
-    assert isinstance(saved, dict)
-    return saved
-
-
-def plain_flat(config: Config) -> dict[str, Any]:
-    """`section.key` -> plain value."""
-    return {f"{section}.{key}": value for section, keys in to_plain(config).items() for key, value in keys.items()}

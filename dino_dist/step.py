@@ -84,7 +84,7 @@ class DinoStep:
         self._batch_size = config.train.batch_size
         self._student_temp = config.loss.student_temp
         self._clip, self._clip_scope = config.optim.clip, config.optim.clip_scope
-        self._autocast = autocast
+        self.autocast = autocast
 
     def __call__(
         self, micro_batches: Sequence[Callable[[], Views]], settings: StepSettings, flags_F: Tensor
@@ -128,11 +128,11 @@ class DinoStep:
 
     def _forward_backward(self, views: Views, teacher_temp: float) -> Tensor:
         """Gradients of this rank's part of the mean loss; returns its part of [loss, teacher entropy]."""
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self.autocast():
             teacher_logits = self.networks.teacher([views.global_crops])
         targets_NK = self.centering.targets(teacher_logits, teacher_temp)
         target_GBK = targets_NK.view(2, views.num_images, -1)
-        with self._autocast():
+        with self.autocast():
             student_logits = self.networks.student_call(views.student_crops, views.drop_path)
         student_SBK = student_logits.view(-1, views.num_images, student_logits.shape[-1])
         loss = dino_loss(student_SBK, target_GBK, student_temp=self._student_temp) / self._batch_size

@@ -74,6 +74,12 @@ class StudentTeacher:
             for shard in self._pairs[0]:
                 dist.broadcast(shard, group=group, group_src=0)
 
+    def mesh_groups(self) -> list[dist.ProcessGroup]:
+        """The process groups of the mesh's axes, besides that of all ranks."""
+        if self.mesh is None or self.mesh.ndim == 1:
+            return []
+        return [self.mesh.get_group(axis) for axis in range(self.mesh.ndim)]
+
     def _replicate_group(self) -> dist.ProcessGroup | None:
         if self.mesh is not None:
             names = self.mesh.mesh_dim_names or ()

@@ -15,7 +15,7 @@ from dino_dist.agreement import agree, flags, take_in
 from dino_dist.build import check_strategy
 from dino_dist.config import Config, check_for_world
 from dino_dist.data.loader import Batch
-from dino_dist.dist import ProcessEnvironment, joined_world, shorten_timeout
+from dino_dist.dist import ProcessEnvironment, joined_world, set_timeout
 from dino_dist.errors import FailedTogether, RunFailed
 from dino_dist.evaluate import cls_forward
 from dino_dist.health import center_norm
@@ -47,12 +47,14 @@ def train(config: Config, environment: ProcessEnvironment, *, accept_changes: bo
         ) as world,
     ):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)  # a starter may hold them back until they are caught
-        world.first(lambda: check_for_world(config, world.size))
-        world.first(lambda: check_strategy(config))
+        local_sizes = world.gather(world.local_size)
+        world.first(lambda: check_for_world(config, local_sizes))
+        world.first(lambda: check_strategy(config, world.device))
         torch.set_num_threads(config.parallel.threads_per_rank)
         torch.use_deterministic_algorithms(config.train.deterministic)
         with open_session(config, world, environment, accept_changes=accept_changes) as session:
             run = build_run(config, world, session, signals)
+            set_timeout(config.parallel.timeout_start_s, run.step.networks.mesh_groups())
             with ExitStack() as ending:  # each is closed even if another cannot be
                 ending.callback(run.checkpointer.close)
                 ending.callback(run.monitor.close)
@@ -100,12 +102,12 @@ def loop(run: Run, batches: Iterator[list[Batch]]) -> int:
         log(run, settings, result, micro_batches)
         if stop:
             return stop_early(run)
-        if evaluation_due(run):
-            evaluate(run)
         if run.steps_done % run.every.save == 0 and run.steps_done < schedules.total_steps:
             save(run, wait=False)
+        if evaluation_due(run):  # after the save: an evaluation takes long, and a kill in it costs no step then
+            evaluate(run)
         if run.steps_done == run.session.first_step + 1:
-            shorten_timeout(config.parallel.timeout_s)
+            set_timeout(config.parallel.timeout_s, run.step.networks.mesh_groups())
     return finish(run)
 
 
@@ -178,14 +180,14 @@ def evaluate(run: Run) -> dict[str, float]:
     if run.evaluator is None:
         return {}
     with run.meter.paused():
-        accuracies = run.evaluator.knn(cls_forward(run.step.networks.teacher))
+        accuracies, features = run.evaluator.knn(cls_forward(run.step.networks.teacher, run.step.autocast))
     row: dict[str, float | int | None] = {}
     best = max(accuracies.values(), key=lambda accuracy: accuracy.k)
     for k, accuracy in accuracies.items():
         row[f"knn_top1_k{k}"] = accuracy.top1
     row["knn_top1"] = best.top1
     run.monitor.row(run.steps_done, row)
-    run.monitor.embedding(run.steps_done, run.step, run.evaluator)
+    run.monitor.embedding(run.steps_done, features, run.evaluator)
     return {key: float(value) for key, value in row.items() if value is not None}
 
 
@@ -202,15 +204,15 @@ def stop_early(run: Run) -> int:
 
 
 def finish(run: Run) -> int:
-    """The last evaluation and checkpoint."""
+    """The last checkpoint and evaluation."""
     last = run.word.latest()
     if last is not None:
         take_in(run, run.steps_done, last)
         run.word = AgreedWord()
-    if run.evaluated_at != run.steps_done:
-        evaluate(run)
     if not save(run, wait=True):
         raise FailedTogether(f"the last checkpoint, of step {run.steps_done}, could not be written: see the ledger")
+    if run.evaluated_at != run.steps_done:
+        evaluate(run)
     run.session.ledger_row("stop", run.steps_done, "reached train.length")
     run.monitor.say(f"done: {run.steps_done} steps")
     return DONE

@@ -192,10 +192,7 @@ def _exit_code(command: Callable[[], Any]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (RunFailed, Superseded) as error:
-        if (
-            not isinstance(error, FailedTogether)
-            or int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
-        ):
+        if not isinstance(error, FailedTogether) or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(f"failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -96,7 +96,7 @@ def baselines(config: Config, index_dir: Path) -> dict[str, float]:
     k = max(config.eval.knn_k)
 
     def top1(forward: Forward) -> float:
-        return evaluator.knn(forward)[k].top1
+        return evaluator.knn(forward)[0][k].top1
 
     network = build_network(config, "sdpa", is_teacher=True, world_size=1)
     return {"knn_random_init": top1(cls_forward(network)), "knn_raw_pixels": top1(raw_pixels)}

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.e2e
         ("train.batch_size=0", ["train.batch_size", "at least 1"]),
         ("train.length=10days", ["train.length", "10days"]),
         ("optim.lr=nan", ["optim.lr", "nan"]),
-        ("optim.beta1=1.5", ["optim.beta1", "1.5", "at most 1"]),
+        ("optim.beta1=1.5", ["optim.beta1", "1.5", "below 1"]),
         ("model.arch=vit_huge", ["model.arch", "vit_huge"]),
         ("model.patch_size=5", ["model.patch_size=5", "augment.global_px=16"]),
         ("train.accumulate=2", ["head.batch_norm", "train.accumulate=2"]),

@@ -154,12 +154,12 @@ def test_local_crops_that_are_not_made_may_have_any_size() -> None:
 )
 def test_a_world_that_cannot_work_is_named(overrides: list[str], size: int, named: str) -> None:
     with pytest.raises(UserError, match=named):
-        check_for_world(load_config(None, [TRAIN, *overrides]), size)
+        check_for_world(load_config(None, [TRAIN, *overrides]), [1] * size)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
 def test_any_number_of_ranks_up_to_the_batch_size_works(size: int) -> None:
-    check_for_world(load_config(None, [TRAIN, "train.batch_size=64"]), size)
+    check_for_world(load_config(None, [TRAIN, "train.batch_size=64"]), [size] * size)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,8 @@ def test_a_recipe_says_what_it_is_and_loads(name: str) -> None:
     ):
         assert any(word in line for line in header), f"{path.name}: no {word!r} in the header"
     config = load_config(name, [TRAIN])
-    check_for_world(config, RECIPES[name][0] if name in RECIPES else 2)
+    size = RECIPES[name][0] if name in RECIPES else 2
+    check_for_world(config, [min(size, 8)] * size)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -412,3 +413,13 @@ def test_a_config_made_in_code_is_checked_alike() -> None:
     check(config)
     with pytest.raises(UserError, match=r"optim\.lr"):
         check(replace(config, optim=replace(config.optim, lr=float("nan"))))
+
+
+@pytest.mark.parametrize("local_sizes", [[2, 2], [2, 2, 1]], ids=["one node", "unequal nodes"])
+def test_hsdp_needs_to_know_its_replicas_where_nodes_do_not_tell(local_sizes: list[int]) -> None:
+    with pytest.raises(UserError, match=r"parallel\.replicate=N"):
+        check_for_world(load_config(None, [TRAIN, "parallel.strategy=hsdp"]), local_sizes)
+
+
+def test_hsdp_takes_a_replica_a_node() -> None:
+    check_for_world(load_config(None, [TRAIN, "parallel.strategy=hsdp"]), [2, 2, 2, 2])

@@ -210,3 +210,19 @@ def test_three_ranks_agree(ranks: Any) -> None:
         assert result["gathered"] == [0, 10, 20]
         assert result["first"] == 100
         assert result["said"] == ("too many ranks" if rank == 0 else "again: too many ranks")
+
+
+def test_cuda_that_is_not_there_is_refused() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with (
+        pytest.raises(UserError, match=r"train\.device=cuda"),
+        joined_world(ProcessEnvironment(), timeout_s=10, device="cuda"),
+    ):
+        pass
+
+
+def test_srun_without_slurms_own_commands_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="MASTER_ADDR"):
+        ProcessEnvironment.read({name: value for name, value in SRUN.items() if name != "MASTER_ADDR"})

@@ -124,6 +124,15 @@ def test_only_the_decayed_group_decays() -> None:
     assert all(group["lr"] == pytest.approx(0.1 / 3) for group in update.outer.param_groups)
 
 
+def test_group_settings_leave_out_what_json_cannot_hold() -> None:
+    _, _, update = build(OptimSection(name="lars"))
+    for group in update.outer.param_groups:
+        group["sum_over_shards"] = len  # as fairscale's OSS copies its arguments into the groups
+    saved = group_settings(update.outer)
+    assert json.loads(json.dumps(saved)) == saved
+    assert {"lr", "weight_decay", "momentum", "trust_coefficient"} <= saved[0].keys()
+
+
 def test_group_settings_are_plain_and_complete() -> None:
     _, _, update = build(OptimSection())
     saved = group_settings(update.outer)

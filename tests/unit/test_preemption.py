@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 import time
-from contextlib import nullcontext
-from multiprocessing.connection import Connection
 
 import pytest
 import torch
@@ -19,8 +16,6 @@ from dino_dist.preemption import (
     AgreedWord,
     StopReason,
     StopSignals,
-    reset_in_worker,
-    stop_signals_blocked,
 )
 
 FORK = multiprocessing.get_context("fork")
@@ -92,56 +87,3 @@ def test_agreed_word_is_read_one_step_late() -> None:
         vector.fill_(-1)
         assert agreed.read() == (None if step == 0 else [step - 1.0] * 3)
         assert agreed.latest() == [float(step)] * 3
-
-
-def work(connection: Connection) -> None:
-    """Answer each message; what a data worker does."""
-    reset_in_worker()
-    connection.send(os.getpid())
-    while True:
-        connection.send(connection.recv())
-
-
-def start_worker(shielded: bool, connection: Connection) -> None:
-    """A rank with the training's handlers that starts a worker and ends it when told."""
-    with StopSignals():
-        ours, theirs = FORK.Pipe()
-        worker = FORK.Process(target=work, args=(theirs,), daemon=True)
-        with stop_signals_blocked() if shielded else nullcontext():
-            worker.start()
-        connection.send(ours.recv())
-        while (message := connection.recv()) != "terminate":
-            ours.send(message)
-            connection.send(ours.recv())
-        worker.terminate()
-        worker.join()
-        connection.send(worker.exitcode)
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("shielded", [False, True])
-def test_worker_survives_the_signals_of_others_and_obeys_its_owner(shielded: bool) -> None:
-    ours, theirs = FORK.Pipe()
-    rank = FORK.Process(target=start_worker, args=(shielded, theirs))
-    rank.start()
-    try:
-        worker_pid = ours.recv()
-        for number in (*STOPPING, signal.SIGUSR1, signal.SIGCONT):
-            os.kill(worker_pid, number)
-            ours.send(number.name)
-            assert ours.poll(30), f"the worker died of {number.name}"
-            assert ours.recv() == number.name
-        ours.send("terminate")
-        assert ours.poll(30), "the worker did not end"
-        assert ours.recv() == 0
-    finally:
-        rank.kill()
-        rank.join()
-
-
-def test_blocked_signal_arrives_afterwards() -> None:
-    with StopSignals() as signals:
-        with stop_signals_blocked():
-            os.kill(os.getpid(), signal.SIGUSR2)
-            assert signals.word == GO_ON
-        assert signals.word == SAVE_AND_REQUEUE
