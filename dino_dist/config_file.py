@@ -19,7 +19,7 @@ from dino_dist.errors import UserError
 def recipe_path(name: str) -> Path:
     """The file of a CONFIG argument: a path, or the name of a recipe that ships with the project."""
     path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.exists():
+    if path.suffix in (".yaml", ".yml") or path.is_file():  # a folder may have a recipe's name
         if not path.is_file():
             raise UserError(f"config file {name!r} does not exist; recipes that ship: {', '.join(recipe_names())}")
         return path

@@ -423,3 +423,9 @@ def test_hsdp_needs_to_know_its_replicas_where_nodes_do_not_tell(local_sizes: li
 
 def test_hsdp_takes_a_replica_a_node() -> None:
     check_for_world(load_config(None, [TRAIN, "parallel.strategy=hsdp"]), [2, 2, 2, 2])
+
+
+def test_a_folder_with_the_name_of_a_recipe_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "quickstart").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert recipe_path("quickstart").name == "quickstart.yaml"
