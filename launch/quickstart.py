@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -85,6 +86,7 @@ def build_digit_shards(folder: Path) -> tuple[Path, Path]:
                 path = Path(images) / str(digits.target[index]) / f"digit{index:04d}.png"
                 path.parent.mkdir(exist_ok=True)
                 Image.fromarray(levels[index]).save(path)
+                os.utime(path, (0, 0))  # the same input whenever it is made: a second start finds its shards
             build_shards(images, folder / name, BuildOptions(samples_per_shard=180))
     return folder / "train", folder / "eval"
 
