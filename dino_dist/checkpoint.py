@@ -51,6 +51,10 @@ _GROUP_TIMEOUT = timedelta(hours=2)
 T = TypeVar("T")
 
 
+class _SaveFailed(Exception):
+    """A rank could not write its part; the message says which and why."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Outcome:
     """What one rank wrote, or why it could not."""
@@ -243,18 +247,20 @@ class Checkpointer:
     def _commit_or_discard(self, save: _Save, outcomes: list[_Outcome]) -> _Verdict:
         """On rank 0: make the folder a checkpoint, or remove it and say why."""
         try:
-            failed = [f"rank {rank}: {one.error}" for rank, one in enumerate(outcomes) if one.error is not None]
+            failed = [(rank, one.error) for rank, one in enumerate(outcomes) if one.error is not None]
             if failed:
-                # One cause usually fails all ranks with the same words.
-                raise OSError(f"{failed[0]} ({len(failed)} of {len(outcomes)} ranks failed)")
+                # One cause usually fails all ranks with the same words, which then name the rank already.
+                rank, error = failed[0]
+                named = error if error.startswith("rank ") else f"rank {rank}: {error}"
+                raise _SaveFailed(f"{named} ({len(failed)} of {len(outcomes)} ranks failed)")
             files = {name: record for one in outcomes for name, record in one.files.items()}
             tensors = save.tensors | {name: spec for one in outcomes for name, spec in one.tensors.items()}
             self._commit(save, files, tensors)
-        except Superseded as error:
-            return _Verdict(step=save.step, superseded=str(error))
-        except (OSError, ValueError) as error:
+        except Superseded as newer:
+            return _Verdict(step=save.step, superseded=str(newer))
+        except (_SaveFailed, OSError, ValueError) as problem:
             shutil.rmtree(save.folder, ignore_errors=True)
-            reason = one_line(error)
+            reason = str(problem) if isinstance(problem, _SaveFailed) else one_line(problem)
             _log.error("CHECKPOINT OF STEP %d FAILED, training goes on without it: %s", save.step, reason)
             self._report("fault", step=save.step, why=f"save failed: {reason}")
             return _Verdict(step=save.step, error=reason)

@@ -118,5 +118,5 @@ def one_line(error: BaseException) -> str:
     """The cause in one line; torch's collected errors come with the traceback of each rank."""
     if isinstance(error, CheckpointException) and error.failures:
         rank, (cause, _) = sorted(error.failures.items(), key=lambda item: item[0])[0]
-        return f"rank {rank}: {one_line(cause)} ({len(error.failures)} ranks failed)"
+        return f"rank {rank}: {one_line(cause)}"
     return " ".join(f"{type(error).__name__}: {error}".split())

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dino_dist.dist import World
+from dino_dist.errors import Superseded
 from dino_dist.eval import attention_maps, projector
 from dino_dist.progress import Progress
 
@@ -68,7 +70,10 @@ class MetricsWriter:
         purge_step: int | None,
         world: World,
         progress: Progress | None = None,
+        exclusive: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
+        """`exclusive`: the run folder's lock; what TensorBoard gets is on the disk before it is let go."""
+        self._exclusive = exclusive
         self._active = world.is_first
         self._append = append
         self._waiting_rows: list[dict[str, object]] = []
@@ -151,7 +156,10 @@ class MetricsWriter:
         """Write what waits and close the files. `OSError` if rows of metrics.jsonl could not be written to the end."""
         if self._progress is not None:
             self._progress.close()
-        self._to_board(lambda board: board.close())
+        try:
+            self._to_board(lambda board: board.close())
+        except Superseded:
+            pass  # nothing waits in it: every write was flushed
         self._board = None
         while self._waiting_rows:
             self._append(self._waiting_rows[0])
@@ -173,8 +181,9 @@ class MetricsWriter:
         if self._board is None:
             return
         try:
-            write(self._board)
-            self._board.flush()
+            with self._exclusive():
+                write(self._board)
+                self._board.flush()
         except OSError as error:
             logging.getLogger(__name__).error(
                 "%s cannot be written (%s): no TensorBoard until the next start", self._dir, error

@@ -60,6 +60,7 @@ class Monitor:
             purge_step=steps_done + 1 if steps_done else 0,
             world=self._world,
             progress=self._progress,
+            exclusive=self._session.attempt.exclusive,
         )
         flat = {key: value if isinstance(value, int | float | str) else str(value) for key, value in settings.items()}
         self._writer.hparams(flat, ["knn_top1", "loss"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
@@ -49,12 +50,27 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
+def stop_between_writes(run: Any, lock: Path) -> None:
+    """SIGSTOP, but not in the middle of a write: nothing can keep a system call that has begun from ending."""
+    rank = psutil.Process(run.pid(0))
+    while True:
+        rank.suspend()
+        while rank.status() != psutil.STATUS_STOPPED:
+            pass
+        with open(lock, "rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                rank.resume()
+
+
 def test_a_rank_that_comes_back_from_an_older_start_writes_nothing(
     tiny: Callable[..., list[str]], start: Callable[..., Any], tmp_path: Path
 ) -> None:
     old = start(tiny(tmp_path / "run"), 1, job_id="17", restarts=0)
-    old.wait_for_step(6)
-    old.send(signal.SIGSTOP, [0])
+    old.wait_for_step(4)
+    stop_between_writes(old, tmp_path / "run" / "attempts" / "lock")
     start(tiny(tmp_path / "run"), 1, job_id="17", restarts=1).end(0)
     before = contents(tmp_path / "run")
     old.send(signal.SIGCONT, [0])
