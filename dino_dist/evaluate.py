@@ -86,11 +86,6 @@ class Evaluator:
         reader = SampleReader(dataset=self._test, rules=decode_rules(self._config.data))
         return fixed_images(reader, sample_ids, self._config, self._world.device)
 
-    @property
-    def num_test_images(self) -> int:
-        """Images in `data.eval_test`."""
-        return self._test.num_samples
-
     def _batches(self, dataset: DatasetIndex) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """This rank's part: whole batches through the loader's workers, then its share of the rest."""
         config, world = self._config, self._world

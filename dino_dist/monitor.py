@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dino_dist.alarms import CollapseWatch
 from dino_dist.config import Config
@@ -23,9 +24,6 @@ from dino_dist.schedules import Schedules
 from dino_dist.step import DinoStep, Views
 
 Row = Mapping[str, float | int | None]
-
-_PICTURED_IMAGES = 4
-"""Test images whose attention is shown over time."""
 
 
 @contextmanager
@@ -89,15 +87,13 @@ class Monitor:
         if views.local_crops is not None:
             self._writer.image_grid(step, "crops/local", views.local_crops[:32], **style)
 
-    def pictures(self, step: int, training: DinoStep, evaluator: Evaluator | None) -> None:
-        """Histograms and the teacher's attention on a few fixed test images, where they are due."""
+    def pictures(self, step: int, training: DinoStep, pictured: Callable[[], Tensor]) -> None:
+        """Histograms and the teacher's attention on a few fixed images [n, 3, C, C], where they are due."""
         if self._writer is None or not (step % self._every_pictures == 0 or step == self._total_steps):
             return
         self._writer.histogram(step, "health/center", training.centering.center_1K)
         self._writer.histogram(step, "health/prototype_usage", training.usage.share() * len(training.usage.average_K))
-        if evaluator is None:
-            return
-        images = evaluator.images(list(range(min(_PICTURED_IMAGES, evaluator.num_test_images))))
+        images = pictured()
         with torch.no_grad(), training.autocast():
             attention = training.networks.teacher.last_attention(images)
         patches = self._config.eval.crop_px // self._config.model.patch_size

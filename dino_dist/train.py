@@ -10,14 +10,16 @@ from functools import partial
 import psutil
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from dino_dist.agreement import agree, flags, take_in
 from dino_dist.build import check_strategy
 from dino_dist.config import Config, check_for_world
 from dino_dist.data.loader import Batch
+from dino_dist.data.stream import SampleReader
 from dino_dist.dist import ProcessEnvironment, joined_world, set_timeout
 from dino_dist.errors import FailedTogether, RunFailed
-from dino_dist.evaluate import cls_forward
+from dino_dist.evaluate import cls_forward, decode_rules, fixed_images
 from dino_dist.health import center_norm
 from dino_dist.preemption import AgreedWord, StopSignals
 from dino_dist.resume import restore, save
@@ -27,6 +29,7 @@ from dino_dist.schedules import StepSettings
 from dino_dist.step import StepResult
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+PICTURED_IMAGES = 4
 DONE, STOPPED = 0, 3
 """Exit codes: the run reached its length; a signal stopped it and everything is saved."""
 
@@ -149,7 +152,14 @@ def log(run: Run, settings: StepSettings, result: StepResult, micro_batches: lis
         row["peak_memory_gib"] = torch.cuda.max_memory_allocated(run.world.device) / 2**30
     run.monitor.row(step, row)
     with run.meter.paused():
-        run.monitor.pictures(step, run.step, run.evaluator)
+        run.monitor.pictures(step, run.step, partial(pictured_images, run))
+
+
+def pictured_images(run: Run) -> Tensor:
+    """The first images of the training set as evaluation sees them: those whose attention is shown over time."""
+    reader = SampleReader(dataset=run.dataset, rules=decode_rules(run.config.data))
+    ids = list(range(min(PICTURED_IMAGES, run.dataset.num_samples)))
+    return fixed_images(reader, ids, run.config, run.world.device)
 
 
 def teacher_drift(run: Run) -> float | None:

@@ -23,6 +23,7 @@ CASES = [
     ("fsdp", 2, ("kill one", "SIGUSR2")),
     ("fsdp", 3, FAULTS),
     ("hsdp", 2, ("kill all", "SIGTERM")),
+    ("hsdp", 3, ("kill one", "SIGTERM")),
     ("hsdp", 4, ("kill one", "SIGUSR2")),
     ("ddp", 2, ("kill all", "SIGTERM")),
     ("ddp", 3, FAULTS),
@@ -43,7 +44,7 @@ def test_faults_change_nothing(
     tmp_path: Path,
 ) -> None:
     settings = [f"train.length={LENGTH}st", f"checkpoint.every={SAVE_EVERY}st", f"parallel.strategy={strategy}"]
-    settings += ["parallel.replicate=2"] * (strategy == "hsdp")
+    settings += [f"parallel.replicate={3 if size == 3 else 2}"] * (strategy == "hsdp")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     start(tiny(whole, *settings), size).end(0)
 
