@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,10 +156,8 @@ class MetricsWriter:
         """Write what waits and close the files. `OSError` if rows of metrics.jsonl could not be written to the end."""
         if self._progress is not None:
             self._progress.close()
-        try:
+        with suppress(Superseded):  # nothing waits in it: every write was flushed
             self._to_board(lambda board: board.close())
-        except Superseded:
-            pass  # nothing waits in it: every write was flushed
         self._board = None
         while self._waiting_rows:
             self._append(self._waiting_rows[0])
