@@ -6,7 +6,8 @@ import torch
 
 from dino_dist.data.loader import Batch
 from dino_dist.data.stream import BadRecord
-from dino_dist.errors import FailedTogether, UserError
+from dino_dist.errors import NoRestartHelps, UserError
+from dino_dist.preemption import GO_ON, SAVE_AND_EXIT, SAVE_AND_REQUEUE
 from dino_dist.run import Run
 from dino_dist.run_session import said_by_rank_zero
 from dino_dist.step import StepResult
@@ -20,7 +21,7 @@ def flags(run: Run, micro_batches: list[Batch]) -> torch.Tensor:
     if run.checkpointer.last_save_s is not None:
         run.signals.save_s = run.checkpointer.last_save_s
     word = run.signals.word
-    return word_tensor(run, [float(word == 1), float(word == 2), float(len(bad))])
+    return word_tensor(run, [float(word == SAVE_AND_REQUEUE), float(word == SAVE_AND_EXIT), float(len(bad))])
 
 
 def replaced_samples(batch: Batch) -> list[BadRecord]:
@@ -36,11 +37,14 @@ def word_tensor(run: Run, values: list[float]) -> torch.Tensor:
     return torch.tensor(values, dtype=dtype, pin_memory=on_cuda).to(run.world.device, non_blocking=True)
 
 
-def agree(run: Run, result: StepResult) -> bool:
-    """What all ranks said at the step before, read now by all alike: whether to stop; bad steps and samples counted."""
+def agree(run: Run, result: StepResult) -> int:
+    """The word on stopping of the step before, read now by all alike; its bad steps and samples are counted.
+
+    0 to go on, or one of `preemption`: the strongest that any rank said.
+    """
     run.word.post(torch.cat([result.flags_F, result.accepted[None]]))
     said = run.word.read()
-    return said is not None and take_in(run, run.steps_done - 1, said)
+    return GO_ON if said is None else take_in(run, run.steps_done - 1, said)
 
 
 def unread_word(run: Run) -> list[float] | None:
@@ -49,12 +53,14 @@ def unread_word(run: Run) -> list[float] | None:
     return None if said is None else [0.0, 0.0, *said[2:]]  # the wish to stop is no wish of the resumed run
 
 
-def take_in(run: Run, step: int, said: list[float]) -> bool:
-    """Count what all ranks said at a step; True if one of them wants to stop."""
+def take_in(run: Run, step: int, said: list[float]) -> int:
+    """Count what all ranks said at a step; the word on stopping."""
     requeue, leave, bad_samples, accepted = said
     count_bad_samples(run, step, int(bad_samples))
     count_skipped(run, step, bool(accepted))
-    return requeue + leave > 0
+    if leave > 0:
+        return SAVE_AND_EXIT
+    return SAVE_AND_REQUEUE if requeue > 0 else GO_ON
 
 
 def count_skipped(run: Run, step: int, accepted: bool) -> None:
@@ -69,7 +75,7 @@ def count_skipped(run: Run, step: int, accepted: bool) -> None:
     run.session.ledger_row("fault", step, why, sample_ids=sample_ids.tolist())
     run.monitor.say(why)
     if run.skipped_in_a_row >= run.config.train.non_finite_patience:
-        raise FailedTogether(
+        raise NoRestartHelps(
             f"{run.skipped_in_a_row} steps in a row were not finite, the last step {step}: the run stops before it "
             f"wastes more; see {run.session.folder.ledger} for the samples, lower optim.lr or use train.precision=fp32"
         )

@@ -39,6 +39,10 @@ class RunSection:
     """Run folder; starting again on the same folder resumes."""
     seed: int = _number(0, at_least=0, at_most=2**32 - 1)
     """Initial weights, order, crops and drop path are pure functions of it."""
+    requeue: bool = True
+    """In a Slurm job: ask for another run when a signal or the time limit stops this one."""
+    max_idle_restarts: int = _number(3, at_least=0)
+    """Restarts in a row after a crash, none of which reached a new checkpoint, before a launched job gives up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,6 +303,8 @@ class ParallelSection:
     """Recompute each block in the backward pass; fairscale_offload keeps the blocks' inputs in CPU memory."""
     threads_per_rank: int = _number(1, at_least=1)
     """CPU threads of a rank; changes the last bits of a CPU result."""
+    timeout_join_s: float = _number(300.0, above=0)
+    """Longest wait for all ranks to appear."""
     timeout_start_s: float = _number(1800.0, above=0)
     """Longest wait for another rank before the first step is done (indexing, compiling)."""
     timeout_s: float = _number(300.0, above=0)
@@ -325,7 +331,15 @@ class Config:
 
 
 MAY_CHANGE_ON_RESUME = (
-    *("run.dir", "data.num_workers", "data.prefetch_steps", "data.eval_", "train.accumulate"),
+    *(
+        "run.dir",
+        "run.requeue",
+        "run.max_idle_restarts",
+        "data.num_workers",
+        "data.prefetch_steps",
+        "data.eval_",
+        "train.accumulate",
+    ),
     *("checkpoint.", "metrics.", "eval.", "parallel."),
 )
 """Prefixes of the keys that a resumed run may set otherwise: they change no result beyond rounding."""
@@ -361,8 +375,11 @@ def check(config: Config) -> None:
         )
 
 
-def check_for_world(config: Config, local_sizes: Sequence[int]) -> None:
-    """Raise `UserError` if the config cannot run on these ranks; `local_sizes`: of each, how many share its node."""
+def check_for_world(config: Config, local_sizes: Sequence[int], local_ranks: Sequence[int] | None = None) -> None:
+    """Raise `UserError` if the config cannot run on these ranks.
+
+    `local_sizes`: of each rank, how many share its node; `local_ranks`: its number among them, where that is known.
+    """
     size = len(local_sizes)
     parallel, batch_size = config.parallel, config.train.batch_size
     if size > batch_size:
@@ -382,6 +399,12 @@ def check_for_world(config: Config, local_sizes: Sequence[int]) -> None:
         if not parallel.replicate and (len(set(local_sizes)) > 1 or local_sizes[0] == size):
             nodes = "one node" if local_sizes[0] == size else "nodes with unequal numbers of ranks"
             raise UserError(f"parallel.strategy=hsdp on {nodes} needs parallel.replicate=N: the number of replicas")
+        in_turn = local_ranks and [*local_ranks] != [rank % local_sizes[0] for rank in range(size)]
+        if not parallel.replicate and in_turn:
+            raise UserError(
+                "parallel.strategy=hsdp shards among neighbouring ranks, which Slurm has dealt out to different nodes: "
+                "start them with srun --distribution=block"
+            )
     elif parallel.replicate:
         raise UserError(
             f"parallel.replicate={parallel.replicate} is for hsdp, not parallel.strategy={parallel.strategy}"

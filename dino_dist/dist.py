@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 
-from dino_dist.errors import SaidByRankZero, UserError
+from dino_dist.errors import SaidByRankZero, StopAsked, UserError
+from dino_dist.network_defaults import network_defaults
+from dino_dist.rendezvous import Meeting, Met, meet, nothing_to_poll
+from dino_dist.slurm import SlurmError, expand, node_address, own_job_id
 
 T = TypeVar("T")
 
@@ -31,29 +33,36 @@ class ProcessEnvironment:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    host: str = field(default_factory=socket.gethostname)
+    """The name of this node: Slurm's where Slurm started the process."""
     master_addr: str = "127.0.0.1"
+    """Of rank 0; under srun the other ranks leave it empty and read it from the run folder."""
     master_port: int = 0
-    """0: no rendezvous, a single process."""
+    """0: rank 0 takes a free one; in a world of one there is no rendezvous at all."""
+    start: str = ""
+    """Names this start of a Slurm job among all others; empty where the starter gave address and port."""
+    nodelist: str = ""
+    """The nodes of the Slurm step, in Slurm's short form."""
     master_listen_fd: int | None = None
     """On rank 0: a socket that already listens on the port, if the starter made one."""
     serve_store: bool = True
     """False where torchrun itself serves the rendezvous."""
+    store_prefix: str = ""
+    """Under torchrun, whose store outlives its restarts: what tells them apart."""
     devices_may_be_masked: bool = False
     """True under srun, which may show each task its own GPU alone."""
     job_id: str | None = None
     """Of the Slurm job."""
     restarts: int | None = None
     """How often Slurm has requeued the job."""
-    deadline_s: float | None = None
-    """When the job will be killed, on the clock of `time.monotonic()`."""
 
     @staticmethod
     def read(environ: Mapping[str, str] = os.environ) -> ProcessEnvironment:
         """The environment of this process; `UserError` if a starter set only some of its variables, or no numbers."""
         try:
             return ProcessEnvironment._read(environ)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise UserError(f"cannot ask Slurm for the first node's address ({error}): set MASTER_ADDR to it") from None
+        except SlurmError as error:
+            raise UserError(f"cannot ask Slurm for this node's address ({error}): set MASTER_ADDR to it") from None
         except (KeyError, ValueError, IndexError) as error:
             raise UserError(
                 f"the variables of torchrun or srun are incomplete ({type(error).__name__}: {error}): unset RANK and "
@@ -72,6 +81,7 @@ class ProcessEnvironment:
                 master_port=int(_required(environ, "MASTER_PORT")),
                 master_listen_fd=int(environ["MASTER_LISTEN_FD"]) if "MASTER_LISTEN_FD" in environ else None,
                 serve_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+                store_prefix=_torchrun_start(environ),
                 **_slurm_job(environ),
             )
         if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in environ:
@@ -80,24 +90,37 @@ class ProcessEnvironment:
                 size=int(environ["SLURM_STEP_NUM_TASKS"]),
                 local_rank=int(environ["SLURM_LOCALID"]),
                 local_size=_slurm_tasks_on_this_node(environ),
-                master_addr=environ.get("MASTER_ADDR") or _slurm_first_node_address(environ["SLURM_STEP_NODELIST"]),
-                master_port=int(environ.get("MASTER_PORT") or _slurm_port(environ)),
                 devices_may_be_masked=True,
+                **_slurm_meeting(environ),
                 **_slurm_job(environ),
             )
         return ProcessEnvironment(**_slurm_job(environ))
 
 
+def _torchrun_start(environ: Mapping[str, str]) -> str:
+    if "TORCHELASTIC_RESTART_COUNT" not in environ:
+        return ""
+    return f"dino_dist/{environ.get('TORCHELASTIC_RUN_ID', '')}/{environ['TORCHELASTIC_RESTART_COUNT']}"
+
+
 def _slurm_job(environ: Mapping[str, str]) -> dict[str, Any]:
     """The job that this process belongs to, if any: a requeue of it may take the run folder over."""
-    if "SLURM_JOB_ID" not in environ:
+    job_id = own_job_id(environ)
+    if job_id is None:
         return {}
-    end_s = environ.get("SLURM_JOB_END_TIME")
-    return {
-        "job_id": environ["SLURM_JOB_ID"],
-        "restarts": int(environ.get("SLURM_RESTART_COUNT", "0")),
-        "deadline_s": None if end_s is None else time.monotonic() + float(end_s) - time.time(),
-    }
+    node = {"host": environ["SLURMD_NODENAME"]} if "SLURMD_NODENAME" in environ else {}
+    return {"job_id": job_id, "restarts": int(environ.get("SLURM_RESTART_COUNT", "0")), **node}
+
+
+def _slurm_meeting(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Where the ranks of a step meet: as the user says, else through the run folder at an address that rank 0 knows."""
+    if "MASTER_ADDR" in environ and "MASTER_PORT" in environ:
+        return {"master_addr": environ["MASTER_ADDR"], "master_port": int(environ["MASTER_PORT"])}
+    address = ""
+    if environ["SLURM_PROCID"] == "0":  # the others read it: a thousand questions at once are hard on a controller
+        address = environ.get("MASTER_ADDR") or node_address(environ["SLURMD_NODENAME"])
+    parts = (environ["SLURM_JOB_ID"], environ["SLURM_STEP_ID"], environ.get("SLURM_RESTART_COUNT", "0"))
+    return {"master_addr": address, "start": ".".join(parts), "nodelist": environ["SLURM_STEP_NODELIST"]}
 
 
 def _required(environ: Mapping[str, str], name: str) -> str:
@@ -115,21 +138,6 @@ def _slurm_tasks_on_this_node(environ: Mapping[str, str]) -> int:
     return counts[int(environ["SLURM_NODEID"])]
 
 
-def _slurm_first_node_address(nodelist: str) -> str:
-    """NodeAddr of the step's first node: node names need not resolve."""
-    names = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True)
-    first = names.stdout.split()[0]
-    node = subprocess.run(["scontrol", "show", "node", first], capture_output=True, text=True, check=True)
-    fields = dict(word.split("=", 1) for word in node.stdout.split() if "=" in word)
-    return fields.get("NodeAddr", first)
-
-
-def _slurm_port(environ: Mapping[str, str]) -> int:
-    """The same on every rank, another one after each requeue, below the ephemeral ports (32768 on Linux)."""
-    restarts = int(environ.get("SLURM_RESTART_COUNT", "0"))
-    return 20000 + (int(environ["SLURM_JOB_ID"]) * 31 + int(environ["SLURM_STEP_ID"]) * 7 + restarts * 101) % 12000
-
-
 @dataclass(frozen=True, kw_only=True)
 class World:
     """This rank among all ranks. Passed to whatever communicates; a world of one needs no process group.
@@ -143,6 +151,9 @@ class World:
     local_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     host: str = ""
+    """The name of this rank's node."""
+    connect_store: Callable[[], Store] = HashStore
+    """Opens a connection of its own to the ranks' key-value store, for a thread: a store is locked during a call."""
 
     @property
     def is_first(self) -> bool:
@@ -164,16 +175,23 @@ class World:
         return box[0]
 
     def first(self, action: Callable[[], T]) -> T:
-        """Let rank 0 act and give all ranks its result; its `UserError` becomes one of all ranks, said by rank 0."""
-        message, result = "", None
+        """Let rank 0 act and give all ranks its result.
+
+        Its `UserError` becomes one of all ranks, said by rank 0; its `StopAsked` is raised on all of them.
+        """
+        message, stop_word, result = "", 0, None
         if self.is_first:
             try:
                 result = action()
             except UserError as error:
                 message = str(error)
-        message, result = self.broadcast((message, result))
+            except StopAsked as asked:
+                stop_word = asked.word
+        message, stop_word, result = self.broadcast((message, stop_word, result))
         if message:
             raise UserError(message) if self.is_first else SaidByRankZero(message)
+        if stop_word:
+            raise StopAsked(stop_word)
         return cast(T, result)
 
     def gather(self, value: T) -> list[T]:
@@ -192,12 +210,21 @@ class World:
 
 @contextmanager
 def joined_world(
-    environment: ProcessEnvironment, *, timeout_s: float, device: str = "auto", deterministic: bool = False
+    environment: ProcessEnvironment,
+    *,
+    timeout_s: float,
+    join_timeout_s: float = 300.0,
+    run_dir: Path | None = None,
+    device: str = "auto",
+    deterministic: bool = False,
+    poll: Callable[[], None] = nothing_to_poll,
 ) -> Iterator[World]:
     """Join the other ranks, yield this rank's `World`, leave again.
 
     `device`: `cpu`, `cuda`, or `auto` for CUDA where there is one. A long `timeout_s` suits the start (indexing,
     compiling); `set_timeout` cuts it after the first step. CUDA ranks get gloo beside NCCL for CPU tensors.
+    `run_dir`: through which ranks that srun started find each other, and where NCCL's flight records go. `poll` is
+    called while others are waited for, and may raise. `RunFailed` names the ranks missing after `join_timeout_s`.
     """
     if deterministic:
         # cuBLAS reads it when its first handle is made, and torch's deterministic mode insists on it.
@@ -208,25 +235,19 @@ def joined_world(
     torch_device = torch.device("cuda", _cuda_index(environment)) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(torch_device)
-    interface = _interface_towards(environment.master_addr)
-    if interface is not None:
-        # Left alone, gloo listens where the host's own name resolves to, which is loopback on many systems.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    if environment.size > 1:
+        met = meet(_meeting(environment, run_dir), timeout_s=join_timeout_s, store_timeout_s=timeout_s, poll=poll)
+    else:
+        alone = HashStore()
+        met = Met(address="127.0.0.1", store=alone, connect=lambda: alone)
+    trace_folder = None if run_dir is None else run_dir / "logs"
+    for default in network_defaults(interface=_interface_towards(met.address), trace_folder=trace_folder):
+        os.environ.setdefault(default.name, default.value)
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     timeout = timedelta(seconds=timeout_s)
-    store: TCPStore | HashStore
-    if environment.master_port:
-        store = TCPStore(
-            environment.master_addr,
-            environment.master_port,
-            environment.size,
-            is_master=environment.rank == 0 and environment.serve_store,
-            timeout=timeout,
-            master_listen_fd=environment.master_listen_fd,
-        )
-    else:
-        store = HashStore()
-    dist.init_process_group(backend, store=store, rank=environment.rank, world_size=environment.size, timeout=timeout)
+    dist.init_process_group(
+        backend, store=met.store, rank=environment.rank, world_size=environment.size, timeout=timeout
+    )
     try:
         yield World(
             rank=environment.rank,
@@ -234,10 +255,37 @@ def joined_world(
             local_rank=environment.local_rank,
             local_size=environment.local_size,
             device=torch_device,
-            host=socket.gethostname(),
+            host=environment.host,
+            connect_store=met.connect,
         )
     finally:
         dist.destroy_process_group()
+
+
+def _meeting(environment: ProcessEnvironment, run_dir: Path | None) -> Meeting:
+    if environment.start and run_dir is None:
+        raise ValueError("ranks that srun started meet through a folder: give run_dir")
+    return Meeting(
+        rank=environment.rank,
+        size=environment.size,
+        host=environment.host,
+        address=environment.master_addr,
+        port=environment.master_port,
+        listen_fd=environment.master_listen_fd,
+        serve=environment.serve_store,
+        file=run_dir / "rendezvous.json" if environment.start and run_dir is not None else None,
+        key=environment.start,
+        prefix=environment.store_prefix,
+        expected_hosts=_nodes(environment) if environment.rank == 0 else (),
+    )
+
+
+def _nodes(environment: ProcessEnvironment) -> tuple[str, ...]:
+    """Only for a message: without Slurm's help it names no nodes."""
+    try:
+        return tuple(expand(environment.nodelist)) if environment.nodelist else ()
+    except SlurmError:
+        return ()
 
 
 def _cuda_index(environment: ProcessEnvironment) -> int:

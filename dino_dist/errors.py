@@ -22,3 +22,16 @@ class FailedTogether(RunFailed):
 
 class Superseded(Exception):
     """A newer attempt owns the run folder: this process must write nothing more and end."""
+
+
+class StopAsked(Exception):
+    """A signal or the wall clock asks to stop, outside the loop; all ranks raise it alike once they share a world."""
+
+    def __init__(self, word: int) -> None:
+        super().__init__(f"asked to stop (word {word})")
+        self.word = word
+        """As `preemption` defines it."""
+
+
+class NoRestartHelps(FailedTogether):
+    """The same command would fail in the same way again: a requeue would only waste the cluster's time; exit code 4."""

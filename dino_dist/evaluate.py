@@ -18,7 +18,8 @@ from dino_dist.data.loader import Batch, StepReader, make_loader
 from dino_dist.data.order import Order
 from dino_dist.data.stream import SampleReader
 from dino_dist.dist import World
-from dino_dist.eval.features import LabelledFeatures, extract
+from dino_dist.errors import StopAsked
+from dino_dist.eval.features import LabelledFeatures, extract, go_on
 from dino_dist.eval.knn import KnnAccuracy, knn_accuracy
 from dino_dist.models.dino import DinoNetwork
 
@@ -51,15 +52,19 @@ def raw_pixels(images: Tensor) -> Tensor:
 class Evaluator:
     """Labelled train and test shards of a config, opened once, evaluated as often as asked."""
 
-    def __init__(self, config: Config, world: World, index_dir: Path) -> None:
-        """`UserError` if `data.eval_train` and `data.eval_test` are not both given and readable."""
+    def __init__(self, config: Config, world: World, index_dir: Path, stop_word: Callable[[], int] = go_on) -> None:
+        """`UserError` if `data.eval_train` and `data.eval_test` are not both given and readable.
+
+        `stop_word`: asked before each batch; once it is not 0 on a rank, `StopAsked` ends the evaluation on all.
+        """
         train, test = config.data.eval_train, config.data.eval_test
         assert train is not None, "checked with the config"
         assert test is not None, "checked with the config"
         self._config = config
         self._world = world
-        self._train = world.first(lambda: open_dataset(train, fallback_dir=index_dir))
-        self._test = world.first(lambda: open_dataset(test, fallback_dir=index_dir))
+        self._stop_word = stop_word
+        self._train = world.first(lambda: open_dataset(train, fallback_dir=index_dir, poll=self._stop_if_asked))
+        self._test = world.first(lambda: open_dataset(test, fallback_dir=index_dir, poll=self._stop_if_asked))
 
     def knn(self, forward: Forward) -> tuple[dict[int, KnnAccuracy], LabelledFeatures]:
         """Accuracy for each `eval.knn_k`, and the test features, the same on all ranks; a collective."""
@@ -79,7 +84,11 @@ class Evaluator:
     def features(self, forward: Forward, split: str) -> LabelledFeatures:
         """Features of one split (`train` or `test`), ordered by sample id; a collective."""
         dataset = self._train if split == "train" else self._test
-        return extract(forward, self._batches(dataset), self._world)
+        return extract(forward, self._batches(dataset), self._world, self._stop_word)
+
+    def _stop_if_asked(self) -> None:
+        if self._stop_word():
+            raise StopAsked(self._stop_word())
 
     def images(self, sample_ids: list[int]) -> Tensor:
         """Some test images as evaluation sees them: normalised [n, 3, C, C] on the device."""

@@ -64,7 +64,7 @@ class JsonLines:
 class Ledger:
     """The story of a run: who started, saved, restored, stopped, and what went wrong, with the reasons."""
 
-    def __init__(self, attempt: Attempt, *, rank: int, host: str = "") -> None:
+    def __init__(self, attempt: Attempt, *, rank: int | None, host: str = "") -> None:
         self._lines = JsonLines(attempt.folder.ledger, attempt, sync=True)
         self._attempt = attempt
         self._rank = rank

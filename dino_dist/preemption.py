@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any, Final
 
 import torch
 from torch import Tensor
+
+from dino_dist.errors import StopAsked
+from dino_dist.slurm import SlurmError
+
+_log = logging.getLogger(__name__)
 
 GO_ON: Final = 0
 SAVE_AND_REQUEUE: Final = 1
@@ -24,6 +32,8 @@ _WORD_OF: Final = {
 _SECOND_INTERRUPT_AFTER_S: Final = 1.0
 _UNKNOWN_SAVE_S: Final = 60.0
 """Assumed before the first save was measured: too long costs a little work, too short all since the last save."""
+_LARGEST_SHARE: Final = 0.25
+"""Of the time that the job had left at its start: so much at most is kept back for an unmeasured save."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +46,41 @@ class StopReason:
     """`time.monotonic()` when it came."""
 
 
+class TimeLimit:
+    """When the job will be killed by the clock."""
+
+    def __init__(self, ask: Callable[[], float | None]) -> None:
+        """`ask`: the end of the job in seconds since the epoch, None: never; `SlurmError` if it cannot be had.
+
+        Called now and whenever the end is near: an administrator may have given the job more time.
+        """
+        self._ask = ask
+        self._end_s = self._on_our_clock()
+        now_s = time.monotonic()
+        self._share_s = math.inf if self._end_s is None else max(self._end_s - now_s, 0.0) * _LARGEST_SHARE
+
+    def is_near(self, *, save_s: float | None, margin_s: float) -> bool:
+        """Whether what is left is less than two saves and the margin."""
+        needed_s = min(2 * _UNKNOWN_SAVE_S + margin_s, self._share_s) if save_s is None else 2 * save_s + margin_s
+        if not self._is_within(needed_s):
+            return False
+        try:
+            self._end_s = self._on_our_clock()
+        except SlurmError:
+            _log.warning(
+                "Slurm does not say whether the job has got more time: stopping in time for what it said before"
+            )
+        return self._is_within(needed_s)
+
+    def _is_within(self, needed_s: float) -> bool:
+        return self._end_s is not None and self._end_s - time.monotonic() < needed_s
+
+    def _on_our_clock(self) -> float | None:
+        """On the clock of `time.monotonic()`, which nobody sets."""
+        end_s = self._ask()
+        return None if end_s is None else end_s - time.time() + time.monotonic()
+
+
 class StopSignals:
     """Catches SIGUSR2, SIGTERM and SIGINT while its `with` block runs, on the main thread; the loop asks for `word`.
 
@@ -44,14 +89,16 @@ class StopSignals:
     second after the first) raises KeyboardInterrupt. SIGCONT, which Slurm sends with SIGTERM, is ignored.
     """
 
-    def __init__(self, *, deadline_s: float | None = None, margin_s: float = 30.0) -> None:
-        """`deadline_s`: when the job will be killed, on the clock of `time.monotonic()`; None: never.
+    def __init__(self, *, margin_s: float = 30.0, at_a_terminal: bool = True) -> None:
+        """`margin_s`: left over before the time limit for the last step and the exit, besides twice `save_s`.
 
-        `margin_s`: left over for the last step and the exit, besides twice `save_s`.
+        `at_a_terminal`: whether a second SIGINT is a human's, who wants no save; a scheduler repeats itself.
         """
-        self.deadline_s = deadline_s
         self.margin_s = margin_s
-        self.save_s = _UNKNOWN_SAVE_S
+        self._at_a_terminal = at_a_terminal
+        self.time_limit: TimeLimit | None = None
+        """Known on one rank: the others hear of it through the agreed word."""
+        self.save_s: float | None = None
         """Seconds that a save takes, as measured; the owner of the loop keeps it up to date."""
         self.reason: StopReason | None = None
         """The first cause to stop; None while there is none."""
@@ -61,12 +108,16 @@ class StopSignals:
     @property
     def word(self) -> int:
         """0 go on, 1 save and requeue, 2 save and exit."""
-        if self._word == GO_ON and self.deadline_s is not None:
-            now_s = time.monotonic()
-            if self.deadline_s - now_s < 2 * self.save_s + self.margin_s:
-                self._word = SAVE_AND_REQUEUE
-                self.reason = StopReason(name="time limit", at_s=now_s)
+        limit = self.time_limit
+        if self._word == GO_ON and limit is not None and limit.is_near(save_s=self.save_s, margin_s=self.margin_s):
+            self._word = SAVE_AND_REQUEUE
+            self.reason = StopReason(name="time limit", at_s=time.monotonic())
         return self._word
+
+    def raise_if_asked(self) -> None:
+        """`StopAsked` if there is a word: for the start, when there is nothing to save yet."""
+        if self.word != GO_ON:
+            raise StopAsked(self.word)
 
     def __enter__(self) -> StopSignals:
         for number in _WORD_OF:
@@ -88,7 +139,7 @@ class StopSignals:
         if self.reason is None:
             self.reason = StopReason(name=came.name, at_s=now_s)
         elif came == signal.SIGINT and self._word == SAVE_AND_EXIT:
-            if now_s - self.reason.at_s > _SECOND_INTERRUPT_AFTER_S:
+            if self._at_a_terminal and now_s - self.reason.at_s > _SECOND_INTERRUPT_AFTER_S:
                 raise KeyboardInterrupt
         self._word = max(self._word, _WORD_OF[came])
 

@@ -17,6 +17,7 @@ from dino_dist.data.stream import SampleReader
 from dino_dist.dist import World
 from dino_dist.durations import Duration
 from dino_dist.evaluate import Evaluator, decode_rules
+from dino_dist.liveness import Pulse
 from dino_dist.monitor import Monitor
 from dino_dist.preemption import AgreedWord, StopSignals
 from dino_dist.run_session import RunSession, said_by_rank_zero
@@ -60,6 +61,8 @@ class Run:
     monitor: Monitor
     evaluator: Evaluator | None
     signals: StopSignals
+    pulse: Pulse
+    """What the watchdog sees of this rank's main thread."""
     word: AgreedWord = field(default_factory=AgreedWord)
     meter: ThroughputMeter = field(default_factory=ThroughputMeter)
     steps_done: int = 0
@@ -70,11 +73,16 @@ class Run:
     bad_samples: int = 0
     drift_checked: int = 0
 
+    @property
+    def under_way(self) -> bool:
+        """Whether this start has done a step: its first one compiles, and warms what is cached."""
+        return self.steps_done > self.session.first_step
 
-def build_run(config: Config, world: World, session: RunSession, signals: StopSignals) -> Run:
+
+def build_run(config: Config, world: World, session: RunSession, signals: StopSignals, pulse: Pulse) -> Run:
     """Open the data and build the parts of a run at step 0."""
     index_dir = session.folder.path / "index"
-    dataset = world.first(lambda: open_dataset(config.data.train, fallback_dir=index_dir))
+    dataset = world.first(lambda: open_dataset(config.data.train, fallback_dir=index_dir, poll=signals.raise_if_asked))
     schedules = build_schedules(config, dataset.num_samples)
     every = resolve_every(config, dataset.num_samples)
     with said_by_rank_zero(world):
@@ -84,6 +92,14 @@ def build_run(config: Config, world: World, session: RunSession, signals: StopSi
         f"{world.size} ranks on {world.device.type}, {config.parallel.strategy}, {dtype}, attention {backend.name} "
         f"({backend.reason}); {dataset.num_samples} images, {schedules.total_steps} steps of {config.train.batch_size}"
     )
+
+    def stop_word() -> int:
+        pulse.tick()  # an evaluation takes long, and shows by this that it goes on
+        return signals.word
+
+    evaluator = None
+    if config.data.eval_train is not None:
+        evaluator = Evaluator(config, world, index_dir, stop_word)
     run = Run(
         introduction=[introduction, *schedules.notes],
         computed_with={"device": world.device.type, "precision": str(dtype), "attention": backend.name},
@@ -106,8 +122,9 @@ def build_run(config: Config, world: World, session: RunSession, signals: StopSi
             keep_every_steps=every.keep,
             async_save=config.checkpoint.async_save,
         ),
-        evaluator=Evaluator(config, world, index_dir) if config.data.eval_train is not None else None,
+        evaluator=evaluator,
         signals=signals,
+        pulse=pulse,
         monitor=Monitor(config, world, session, schedules, every_pictures=every.pictures),
     )
     return run

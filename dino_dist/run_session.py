@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from dino_dist.config import Config
 from dino_dist.config_file import differences, to_yaml
 from dino_dist.data.stream import BadRecord
 from dino_dist.dist import ProcessEnvironment, World
-from dino_dist.errors import SaidByRankZero, Superseded, UserError
+from dino_dist.errors import NoRestartHelps, SaidByRankZero, StopAsked, Superseded, UserError
 from dino_dist.ledger import Event, JsonLines, Ledger, read_rows
+from dino_dist.liveness import Fault
 from dino_dist.manifest import committed
 from dino_dist.preemption import StopReason
 from dino_dist.run_folder import Attempt, RunFolder
@@ -27,9 +28,13 @@ _log = logging.getLogger(__name__)
 class RunSession:
     """The run folder as this rank may use it during this start."""
 
-    def __init__(self, folder: RunFolder, attempt: Attempt, world: World, changes: list[str]) -> None:
+    def __init__(
+        self, folder: RunFolder, attempt: Attempt, world: World, changes: list[str], job_id: str | None
+    ) -> None:
         self.folder = folder
         self.attempt = attempt
+        self.job_id = job_id
+        """Of the Slurm job, if there is one."""
         self.first_step = 0
         """Steps done when this start began its own."""
         self._world = world
@@ -79,14 +84,27 @@ class RunSession:
             self._write("signal", step, reason.name)
 
     def report_fault(self, step: int, error: Exception) -> None:
-        """A `fault` row from the rank where it happened, unless the folder is no longer ours."""
-        if isinstance(error, Superseded | SaidByRankZero):
+        """A `fault` row from the rank where it happened, unless the folder is no longer ours.
+
+        What a restart would not mend is a `stop` with its exit code besides: nobody is to requeue for it.
+        """
+        if isinstance(error, Superseded | SaidByRankZero | StopAsked):
             return
         first_line = f"{type(error).__name__}: {error}".split("\n")[0]
+        final = 2 if isinstance(error, UserError) else 4 if isinstance(error, NoRestartHelps) else None
         try:
             self._write("fault", step, first_line)
+            if final is not None and self._world.is_first:
+                self._write("stop", step, "the same command would fail in the same way again", exit_code=final)
         except Superseded:
             return  # the error itself is on its way to the user
+
+    def report_hang(self, fault: Fault) -> None:
+        """What the watchdog found: who, where, in which phase, and the Python stacks of the ranks that answered."""
+        suspect = {"suspect_host": fault.hosts[0]} if fault.ends and fault.hosts else {}
+        stacks = {"stacks": {str(rank): stack for rank, stack in fault.stacks.items()}} if fault.stacks else {}
+        with suppress(Superseded):
+            self._write("fault", fault.step, f"{fault.kind}: {fault.why}", **suspect, **stacks)
 
     def _write(self, event: Event, step: int, why: str, **more: Any) -> None:
         """A ledger row; a disk that is full or gone is no reason to end a run, so the log gets it then."""
@@ -128,7 +146,7 @@ def open_session(
     number, changes = world.first(begin)
     attempt = owned[0] if owned else folder.join_attempt(number)
     with attempt:
-        yield RunSession(folder, attempt, world, changes)
+        yield RunSession(folder, attempt, world, changes, environment.job_id)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
+from pathlib import Path
 
 import psutil
 import torch
@@ -17,21 +18,24 @@ from dino_dist.build import check_strategy
 from dino_dist.config import Config, check_for_world
 from dino_dist.data.loader import Batch
 from dino_dist.data.stream import SampleReader
-from dino_dist.dist import ProcessEnvironment, joined_world, set_timeout
-from dino_dist.errors import FailedTogether, RunFailed
+from dino_dist.dist import ProcessEnvironment, World, joined_world, set_timeout
+from dino_dist.errors import FailedTogether, RunFailed, StopAsked
 from dino_dist.evaluate import cls_forward, decode_rules, fixed_images
 from dino_dist.health import center_norm
+from dino_dist.liveness import Limits, Pulse
 from dino_dist.preemption import AgreedWord, StopSignals
 from dino_dist.resume import restore, save
 from dino_dist.run import Run, build_run, loader
-from dino_dist.run_session import open_session
+from dino_dist.run_session import RunSession, open_session
 from dino_dist.schedules import StepSettings
 from dino_dist.step import StepResult
+from dino_dist.stopping import job_time_limit, stop_at_start, stop_early
+from dino_dist.watchdog import Watchdog
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 PICTURED_IMAGES = 4
-DONE, STOPPED = 0, 3
-"""Exit codes: the run reached its length; a signal stopped it and everything is saved."""
+DONE = 0
+"""Exit code: the run reached its length."""
 
 
 def train(config: Config, environment: ProcessEnvironment, *, accept_changes: bool = False) -> int:
@@ -40,31 +44,74 @@ def train(config: Config, environment: ProcessEnvironment, *, accept_changes: bo
     `UserError` for input that cannot work, `RunFailed` where a run must not go on, `Superseded` if a newer start took
     the folder over.
     """
-    with (
-        StopSignals(deadline_s=environment.deadline_s) as signals,
-        joined_world(
-            environment,
-            timeout_s=config.parallel.timeout_start_s,
-            device=config.train.device,
-            deterministic=config.train.deterministic,
-        ) as world,
-    ):
+    with StopSignals(at_a_terminal=environment.job_id is None) as signals:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)  # a starter may hold them back until they are caught
-        local_sizes = world.gather(world.local_size)
-        world.first(lambda: check_for_world(config, local_sizes))
-        world.first(lambda: check_strategy(config, world.device))
-        torch.set_num_threads(config.parallel.threads_per_rank)
-        torch.use_deterministic_algorithms(config.train.deterministic)
-        with open_session(config, world, environment, accept_changes=accept_changes) as session:
-            run = build_run(config, world, session, signals)
-            set_timeout(config.parallel.timeout_start_s, run.step.networks.mesh_groups())
-            with ExitStack() as ending:  # each is closed even if another cannot be
-                ending.callback(run.checkpointer.close)
-                ending.callback(run.monitor.close)
-                with faults_told(run):
-                    restore(run)
-                    with closing(loader(run)) as batches:
+        try:
+            with joined_world(
+                environment,
+                timeout_s=config.parallel.timeout_start_s,
+                join_timeout_s=config.parallel.timeout_join_s,
+                run_dir=Path(config.run.dir).absolute(),
+                device=config.train.device,
+                deterministic=config.train.deterministic,
+                poll=signals.raise_if_asked,
+            ) as world:
+                return train_in(world, config, environment, signals, accept_changes=accept_changes)
+        except StopAsked as asked:  # in the loop, it ends there
+            job_id = environment.job_id if config.run.requeue else None
+            return stop_at_start(asked, job_id, is_first=environment.rank == 0)
+
+
+def train_in(
+    world: World, config: Config, environment: ProcessEnvironment, signals: StopSignals, *, accept_changes: bool
+) -> int:
+    """Train in a world whose ranks have met; returns the exit code."""
+    placed = world.gather((world.local_size, world.local_rank))
+    world.first(lambda: check_for_world(config, [size for size, _ in placed], [rank for _, rank in placed]))
+    world.first(lambda: check_strategy(config, world.device))
+    torch.set_num_threads(config.parallel.threads_per_rank)
+    torch.use_deterministic_algorithms(config.train.deterministic)
+    if world.is_first and environment.job_id is not None:
+        signals.time_limit = job_time_limit(environment.job_id)
+    pulse = Pulse()
+    with (
+        open_session(config, world, environment, accept_changes=accept_changes) as session,
+        watchdog(world, config, pulse, session) as watch,
+    ):
+        run = build_run(config, world, session, signals, pulse)
+        set_timeout(config.parallel.timeout_start_s, run.step.networks.mesh_groups())
+        with ExitStack() as ending:  # each is closed even if another cannot be
+            ending.callback(run.checkpointer.close)
+            ending.callback(run.monitor.close)
+            with faults_told(run, watch):
+                restore(run)
+                stop_together(run)
+                with closing(loader(run)) as batches:
+                    try:
                         return loop(run, batches)
+                    except StopAsked as asked:  # within an evaluation
+                        return stop_early(run, asked.word)
+
+
+def watchdog(world: World, config: Config, pulse: Pulse, session: RunSession) -> Watchdog:
+    """Watches all ranks by heartbeats through the rendezvous store; what it finds goes into the ledger."""
+    return Watchdog(
+        world.connect_store(),
+        rank=world.rank,
+        size=world.size,
+        host=world.host,
+        pulse=pulse,
+        limits=Limits(timeout_s=config.parallel.timeout_s, timeout_start_s=config.parallel.timeout_start_s),
+        report=session.report_hang,
+    )
+
+
+def stop_together(run: Run) -> None:
+    """Before the first step: `StopAsked` on all ranks if one of them is asked to stop."""
+    word = max(run.world.gather(run.signals.word))
+    if word:
+        run.session.signal_row(run.steps_done, run.signals.reason)
+        raise StopAsked(word)
 
 
 def is_lost_contact(error: Exception) -> bool:
@@ -74,38 +121,46 @@ def is_lost_contact(error: Exception) -> bool:
 
 
 @contextmanager
-def faults_told(run: Run) -> Iterator[None]:
+def faults_told(run: Run, watch: Watchdog) -> Iterator[None]:
     """An error inside goes into the ledger; a broken connection becomes one line, since its cause is another rank's."""
     try:
         yield
     except Exception as error:
-        run.session.report_fault(run.steps_done, error)
-        if is_lost_contact(error):
-            raise RunFailed(
-                f"rank {run.world.rank} lost contact with another rank after step {run.steps_done}: see what that rank "
-                f"says; the same command goes on from the last checkpoint ({' '.join(str(error).split())[:200]})"
-            ) from error
-        raise
+        if not is_lost_contact(error):
+            run.session.report_fault(run.steps_done, error)
+            raise
+        suspects = watch.suspects()
+        lost = RunFailed(
+            f"rank {run.world.rank} on {run.world.host} lost contact after step {run.steps_done}: "
+            f"{suspects or 'see what the other ranks say'}; the same command goes on from the last checkpoint "
+            f"({' '.join(str(error).split())[:200]})"
+        )
+        run.session.report_fault(run.steps_done, lost)
+        raise lost from error
 
 
 def loop(run: Run, batches: Iterator[list[Batch]]) -> int:
     """The steps that are left; returns the exit code."""
-    config, schedules = run.config, run.schedules
+    config, schedules, pulse = run.config, run.schedules, run.pulse
     if evaluation_due(run):  # the last start ended before it
         evaluate(run)
     while run.steps_done < schedules.total_steps:
+        pulse.enter("data" if run.under_way else "starting", run.steps_done + 1)
         with run.meter.waiting():
             micro_batches = next(batches)
+        pulse.enter("step" if run.under_way else "starting", run.steps_done + 1)
         settings = schedules.at(run.steps_done)
         result = run.step([partial(run.render, batch) for batch in micro_batches], settings, flags(run, micro_batches))
         run.steps_done += 1
         run.meter.step_done(images=config.train.batch_size)
 
-        stop = agree(run, result)
+        word = agree(run, result)
+        pulse.enter("log", run.steps_done)
         log(run, settings, result, micro_batches)
-        if stop:
-            return stop_early(run)
+        if word:
+            return stop_early(run, word)
         if run.steps_done % run.every.save == 0 and run.steps_done < schedules.total_steps:
+            pulse.enter("save", run.steps_done)
             save(run, wait=False)
         if evaluation_due(run):  # after the save: an evaluation takes long, and a kill in it costs no step then
             evaluate(run)
@@ -186,11 +241,13 @@ def evaluation_due(run: Run) -> bool:
 
 def evaluate(run: Run) -> dict[str, float]:
     """k-NN of the teacher, logged; empty without labelled shards."""
-    run.evaluated_at = run.steps_done
     if run.evaluator is None:
+        run.evaluated_at = run.steps_done
         return {}
+    run.pulse.enter("evaluate", run.steps_done)
     with run.meter.paused():
         accuracies, features = run.evaluator.knn(cls_forward(run.step.networks.teacher, run.step.autocast))
+    run.evaluated_at = run.steps_done
     row: dict[str, float | int | None] = {}
     best = max(accuracies.values(), key=lambda accuracy: accuracy.k)
     for k, accuracy in accuracies.items():
@@ -201,28 +258,17 @@ def evaluate(run: Run) -> dict[str, float]:
     return {key: float(value) for key, value in row.items() if value is not None}
 
 
-def stop_early(run: Run) -> int:
-    """Save at this step, on all ranks, and leave."""
-    run.session.signal_row(run.steps_done, run.signals.reason)
-    if not save(run, wait=True):
-        raise FailedTogether(
-            f"stopped at step {run.steps_done} but its checkpoint could not be written: see the ledger"
-        )
-    run.session.ledger_row("stop", run.steps_done, "stopped early, everything saved")
-    run.monitor.say(f"stopped at step {run.steps_done}, saved; the same command goes on from here")
-    return STOPPED
-
-
 def finish(run: Run) -> int:
     """The last checkpoint and evaluation."""
     last = run.word.latest()
     if last is not None:
         take_in(run, run.steps_done, last)
         run.word = AgreedWord()
+    run.pulse.enter("save", run.steps_done)
     if not save(run, wait=True):
         raise FailedTogether(f"the last checkpoint, of step {run.steps_done}, could not be written: see the ledger")
     if run.evaluated_at != run.steps_done:
         evaluate(run)
-    run.session.ledger_row("stop", run.steps_done, "reached train.length")
+    run.session.ledger_row("stop", run.steps_done, "reached train.length", exit_code=DONE)
     run.monitor.say(f"done: {run.steps_done} steps")
     return DONE

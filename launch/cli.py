@@ -15,13 +15,15 @@ from typing import Annotated, Any
 
 import typer
 
-from dino_dist.errors import FailedTogether, RunFailed, SaidByRankZero, Superseded, UserError
+from dino_dist.errors import FailedTogether, NoRestartHelps, RunFailed, SaidByRankZero, Superseded, UserError
+from launch.cli_cluster import cluster_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 shards_app = typer.Typer(no_args_is_help=True, help="Make, index and check WebDataset tar shards.")
 eval_app = typer.Typer(no_args_is_help=True, help="Judge a checkpoint by its features.")
 app.add_typer(shards_app, name="shards")
 app.add_typer(eval_app, name="eval")
+app.add_typer(cluster_app)  # without a name: its commands stand beside ours
 
 AsJson = Annotated[bool, typer.Option("--json", help="JSON alone on stdout.")]
 Overrides = Annotated[
@@ -50,7 +52,10 @@ def train(
         command = [sys.executable, "-m", "launch.cli", "train", config, *(overrides or [])]
         raise typer.Exit(run_ranks(command + ["--accept-changes"] * accept_changes, nproc))
     # Importing torch takes seconds: a signal that comes meanwhile waits for the run, which then stops in good order.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR2))
+    held_back = [signal.SIGTERM, signal.SIGUSR2]
+    if "SLURM_PROCID" in os.environ:
+        held_back.append(signal.SIGINT)  # from `dino-dist cancel`; at a terminal Ctrl-C works at once
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held_back)
     try:
         from dino_dist.dist import ProcessEnvironment
         from dino_dist.train import train as train_run
@@ -75,11 +80,22 @@ def quickstart(
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> None:
-    """Say what works on this machine, what does not, and why."""
+def doctor(
+    slurm: Annotated[bool, typer.Option("--slurm", help="Look at the Slurm cluster too.")] = False,
+    partition: Annotated[str | None, typer.Option(help="Of Slurm; default: as launch would take.")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="A run folder that its nodes must share.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what works on this machine and, with --slurm, on the cluster; what does not, and why."""
+    if not slurm and (partition is not None or run_dir is not None):
+        raise UserError("--partition and --run-dir are about a cluster: give --slurm with them")
+    from launch.cluster_file import Settings, cluster_file_path, job_options, read_cluster_file
     from launch.doctor import examine, table
 
-    findings = examine()
+    options = None
+    if slurm:
+        options = job_options("1", Settings(partition=partition).over(read_cluster_file(cluster_file_path())))
+    findings = examine(slurm=options, run_dir=run_dir)
     if as_json:
         print(json.dumps(findings))
     else:
@@ -177,7 +193,7 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
 
 
 def main() -> None:
-    """Entry point: 0 done, 1 crash or failed run, 2 bad input in one line, 3 stopped by a signal with all saved."""
+    """Entry point: 0 done, 1 crash, 2 bad input in one line, 3 stopped by a signal, all saved, 4 no restart helps."""
     sys.exit(_exit_code(app))
 
 
@@ -194,7 +210,7 @@ def _exit_code(command: Callable[[], Any]) -> int:
     except (RunFailed, Superseded) as error:
         if not isinstance(error, FailedTogether) or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(f"failed: {error}", file=sys.stderr)
-        return 1
+        return 4 if isinstance(error, NoRestartHelps) else 1
     except KeyboardInterrupt:
         return 130
     return 0

@@ -7,6 +7,8 @@ import os
 import platform
 import shutil
 import subprocess
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -17,6 +19,8 @@ from rich.table import Table
 
 from dino_dist.errors import UserError
 from dino_dist.models.attention import choose_backend
+from launch.job_options import JobOptions
+from launch.preflight import check_cluster
 
 _PACKAGES = (
     *("torch", "torchvision", "numpy", "pillow", "webdataset", "safetensors", "omegaconf", "tensorboard"),
@@ -26,8 +30,12 @@ _PACKAGES = (
 Finding = dict[str, Any]
 
 
-def examine() -> list[Finding]:
-    """Rows {what, works, detail}; `works` is null where it is a fact, not a test."""
+def examine(*, slurm: JobOptions | None = None, run_dir: Path | None = None) -> list[Finding]:
+    """Rows {what, works, detail}; `works` is null where it is a fact, not a test.
+
+    `slurm`: also look at the cluster, for a job with these options, and ask a free node about `run_dir` and the time;
+    these rows also say `fatal`, true for what keeps such a job from running at all.
+    """
     findings = [_fact("python", platform.python_version()), _fact("machine", platform.platform())]
     findings += [_package(name) for name in _PACKAGES]
     findings += [
@@ -39,13 +47,16 @@ def examine() -> list[Finding]:
     findings.append(_test("gloo (CPU collectives)", dist.is_gloo_available(), "built into torch"))
     nccl = dist.is_nccl_available() and torch.cuda.is_available()
     findings.append(_test("NCCL (GPU collectives)", nccl, "ready" if nccl else "needs a CUDA device"))
-    findings.append(_slurm())
+    if slurm is None:
+        findings.append(_slurm())
     findings.append(_fact("free disk here", _gib(shutil.disk_usage(".").free)))
     if os.path.ismount("/dev/shm"):
         free = shutil.disk_usage("/dev/shm").free
         findings.append(
             _test("/dev/shm", free > 2**30, f"{_gib(free)} free; data workers hand batches over through it")
         )
+    if slurm is not None:
+        findings += [asdict(row) for row in check_cluster(slurm, run_dir, probe=True)]
     return findings
 
 

@@ -11,7 +11,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -123,11 +123,18 @@ class DatasetIndex:
         return np.concatenate([self.records(shard)["label"].astype(np.int64) for shard in range(len(self.shards))])
 
 
-def open_dataset(spec: str, *, fallback_dir: Path, num_threads: int = 8) -> DatasetIndex:
+def _nothing_to_poll() -> None:
+    """For callers whom nothing interrupts."""
+
+
+def open_dataset(
+    spec: str, *, fallback_dir: Path, num_threads: int = 8, poll: Callable[[], None] = _nothing_to_poll
+) -> DatasetIndex:
     """The data set that `spec` names (folder, brace or glob pattern, manifest), indexing what is new or has changed.
 
     Index files go beside the shards, or below `fallback_dir` where that folder cannot be written to. Several processes
     may do this at once, though it is wasted work: they write the same bytes, each file at once.
+    `poll` is called after each shard that was indexed and may raise; what was indexed until then is kept.
     `UserError` if there are no shards, one is missing or damaged, or a manifest is unreadable.
     """
     if is_manifest(spec):
@@ -141,7 +148,7 @@ def open_dataset(spec: str, *, fallback_dir: Path, num_threads: int = 8) -> Data
         paths = list_shards(spec)
     located: dict[Path, tuple[ManifestRow, Path]] = {}
     for folder, group in groupby(paths, key=lambda path: path.parent):
-        located |= _index_folder(folder, list(group), fallback_dir, num_threads)
+        located |= _index_folder(folder, list(group), fallback_dir, num_threads, poll)
     common = Path(os.path.commonpath([path.parent for path in paths]))
     shards = tuple(
         Shard(path=path, name=path.relative_to(common).as_posix(), row=located[path][0], index_path=located[path][1])
@@ -156,7 +163,7 @@ def open_dataset(spec: str, *, fallback_dir: Path, num_threads: int = 8) -> Data
 
 
 def _index_folder(
-    folder: Path, paths: list[Path], fallback_dir: Path, num_threads: int
+    folder: Path, paths: list[Path], fallback_dir: Path, num_threads: int, poll: Callable[[], None]
 ) -> dict[Path, tuple[ManifestRow, Path]]:
     """Rows and index files of some shards of one folder, indexed where no manifest knows them as they are now."""
     elsewhere = fallback_dir.absolute() / f"{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}"
@@ -171,20 +178,20 @@ def _index_folder(
     stale = [path for path in paths if path not in located]
     if stale:
         try:
-            located |= _make_indexes(stale, folder, folder, num_threads)
+            located |= _make_indexes(stale, folder, folder, num_threads, poll)
         except OSError as error:
             if error.errno not in _UNWRITABLE:
                 raise UserError(f"cannot index {folder}: {error.strerror}; check its disk") from error
-            located |= _make_indexes_elsewhere(stale, folder, elsewhere, num_threads)
+            located |= _make_indexes_elsewhere(stale, folder, elsewhere, num_threads, poll)
     return located
 
 
 def _make_indexes_elsewhere(
-    paths: list[Path], folder: Path, home: Path, num_threads: int
+    paths: list[Path], folder: Path, home: Path, num_threads: int, poll: Callable[[], None]
 ) -> dict[Path, tuple[ManifestRow, Path]]:
     try:
         home.mkdir(parents=True, exist_ok=True)
-        return _make_indexes(paths, folder, home, num_threads)
+        return _make_indexes(paths, folder, home, num_threads, poll)
     except OSError as error:
         raise UserError(
             f"neither {folder} nor {home} can hold the index of the shards ({error.strerror}); make one writable"
@@ -192,7 +199,7 @@ def _make_indexes_elsewhere(
 
 
 def _make_indexes(
-    paths: list[Path], folder: Path, home: Path, num_threads: int
+    paths: list[Path], folder: Path, home: Path, num_threads: int, poll: Callable[[], None]
 ) -> dict[Path, tuple[ManifestRow, Path]]:
     """Index shards into the folder `home` and add their rows to its manifest."""
     _probe(home)
@@ -210,13 +217,24 @@ def _make_indexes(
         )
         return row, index_path
 
-    with ThreadPoolExecutor(max(1, num_threads)) as threads:  # reading headers mostly waits for the file system
-        made = dict(zip(paths, threads.map(make, paths), strict=True))
-    manifest = home / MANIFEST_NAME
+    made: dict[Path, tuple[ManifestRow, Path]] = {}
+    threads = ThreadPoolExecutor(max(1, num_threads))  # reading headers mostly waits for the file system
+    try:
+        for path, row in zip(paths, threads.map(make, paths), strict=True):
+            made[path] = row
+            poll()
+    finally:
+        threads.shutdown(cancel_futures=True)
+        if made:  # an interrupted indexing goes on from here
+            _add_to_manifest(home / MANIFEST_NAME, folder, [row for row, _ in made.values()])
+    return made
+
+
+def _add_to_manifest(manifest: Path, folder: Path, new: list[ManifestRow]) -> None:
     # Other shards of the folder may belong to another data set (train beside test): keep their rows.
     rows = _read_manifest(manifest) if manifest.exists() else {}
     rows = {name: row for name, row in rows.items() if (folder / name).is_file()}
-    rows |= {row.name: row for row, _ in made.values()}
+    rows |= {row.name: row for row in new}
     ordered = [rows[name] for name in sorted(rows)]
     document = {
         "version": _MANIFEST_VERSION,
@@ -225,7 +243,6 @@ def _make_indexes(
         "shards": [asdict(row) for row in ordered],
     }
     write_atomically(manifest, (json.dumps(document, indent=1) + "\n").encode())
-    return made
 
 
 def _probe(home: Path) -> None:

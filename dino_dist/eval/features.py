@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dino_dist.dist import World
+from dino_dist.errors import StopAsked
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """Images [b, 3, h, w], labels [b] int64, ids [b] int64."""
@@ -24,12 +25,23 @@ class LabelledFeatures:
 
 
 @torch.no_grad()
-def extract(model_forward: Callable[[Tensor], Tensor], batches: Iterable[Batch], world: World) -> LabelledFeatures:
+def go_on() -> int:
+    """For callers whom nothing interrupts."""
+    return 0
+
+
+def extract(
+    model_forward: Callable[[Tensor], Tensor],
+    batches: Iterable[Batch],
+    world: World,
+    stop_word: Callable[[], int] = go_on,
+) -> LabelledFeatures:
     """Run `model_forward` ([b, 3, h, w] -> [b, D]) over this rank's batches and gather all ranks' rows.
 
     Ranks may hold different numbers of batches, none included: the forward of a sharded model is a collective, so a
     rank that has run out takes part with one blank image and drops the result. Features are fp32 on `world.device`,
-    fp64 if the model's are. `ValueError` if there is no image at all or an id comes twice.
+    fp64 if the model's are. `ValueError` if there is no image at all or an id comes twice; `StopAsked` on all ranks as
+    soon as `stop_word` is not 0 on one.
     """
     features: list[Tensor] = []
     labels: list[Tensor] = []
@@ -37,7 +49,11 @@ def extract(model_forward: Callable[[Tensor], Tensor], batches: Iterable[Batch],
     rows = iter(batches)
     while True:
         batch = next(rows, None)
-        shapes = world.gather(None if batch is None else (tuple(batch[0].shape[1:]), batch[0].dtype))
+        shape = None if batch is None else (tuple(batch[0].shape[1:]), batch[0].dtype)
+        said = world.gather((shape, stop_word()))
+        if any(word for _, word in said):
+            raise StopAsked(max(word for _, word in said))
+        shapes = [shape for shape, _ in said]
         blank = next((shape for shape in shapes if shape is not None), None)
         if blank is None:
             break

@@ -57,7 +57,7 @@ def test_a_save_on_a_full_disk_is_told_and_training_goes_on(
 ) -> None:
     settings = ["train.length=26st", "eval.knn_every=null", "metrics.tensorboard=false", "head.hidden_dim=512"]
     run = start(tiny(tmp_path / "run", *settings), 2)
-    run.wait_for_step(5)
+    run.wait_until(lambda: bool(run.events("save")), "first save")
     limit_files(run, 2**19)
     run.wait_until(lambda: bool(run.events("fault")), "fault in the ledger")
     limit_files(run, resource.RLIM_INFINITY)

@@ -425,6 +425,13 @@ def test_hsdp_takes_a_replica_a_node() -> None:
     check_for_world(load_config(None, [TRAIN, "parallel.strategy=hsdp"]), [2, 2, 2, 2])
 
 
+def test_hsdp_needs_neighbouring_ranks_on_one_node() -> None:
+    config = load_config(None, [TRAIN, "parallel.strategy=hsdp"])
+    check_for_world(config, [2, 2, 2, 2], [0, 1, 0, 1])
+    with pytest.raises(UserError, match="--distribution=block"):
+        check_for_world(config, [2, 2, 2, 2], [0, 0, 1, 1])
+
+
 def test_a_folder_with_the_name_of_a_recipe_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "quickstart").mkdir()
     monkeypatch.chdir(tmp_path)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from dino_dist.dist import ProcessEnvironment, World, joined_world
-from dino_dist.errors import SaidByRankZero, UserError
+from dino_dist.errors import SaidByRankZero, StopAsked, UserError
 
 TORCHRUN = {
     "RANK": "5",
@@ -32,7 +29,7 @@ SRUN = {
     "SLURM_STEP_NUM_TASKS": "5",
     "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
     "SLURM_STEP_NODELIST": "node[0-2]",
-    "MASTER_ADDR": "10.0.0.1",
+    "SLURMD_NODENAME": "node1",
 }
 
 
@@ -79,9 +76,9 @@ def test_half_a_rendezvous_is_refused(missing: str) -> None:
 def test_srun() -> None:
     environment = ProcessEnvironment.read(SRUN)
     assert (environment.rank, environment.size, environment.local_rank) == (3, 5, 1)
-    assert environment.master_addr == "10.0.0.1"
-    assert (environment.job_id, environment.restarts) == ("4711", 0)
+    assert (environment.job_id, environment.restarts, environment.host) == ("4711", 0, "node1")
     assert environment.serve_store
+    assert environment.master_addr == ""  # it is read from the run folder
 
 
 @pytest.mark.parametrize(
@@ -93,25 +90,24 @@ def test_srun_tasks_on_this_node(tasks: str, node: str, count: int) -> None:
     assert ProcessEnvironment.read(environ).local_size == count
 
 
-def test_all_ranks_of_a_step_find_the_same_port() -> None:
-    ports = {ProcessEnvironment.read(SRUN | {"SLURM_PROCID": str(rank)}).master_port for rank in range(5)}
-    assert len(ports) == 1
+def test_each_start_of_a_job_has_a_name_of_its_own_that_all_ranks_know() -> None:
+    def start(**more: str) -> str:
+        return ProcessEnvironment.read(SRUN | more).start
+
+    assert len({start(SLURM_PROCID=str(rank)) for rank in range(1, 5)}) == 1
+    starts = {start(), start(SLURM_RESTART_COUNT="1"), start(SLURM_STEP_ID="1"), start(SLURM_JOB_ID="12")}
+    assert len(starts) == 4
 
 
-def test_a_requeued_job_meets_elsewhere_below_the_ephemeral_ports() -> None:
-    ports = []
-    for job in ("1", "4711", "99999999"):
-        for restarts in range(20):
-            environ = SRUN | {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": str(restarts)}
-            environment = ProcessEnvironment.read(environ)
-            assert environment.restarts == restarts
-            ports.append(environment.master_port)
-        assert len(set(ports[-20:])) == 20
-    assert all(1024 <= port < 32768 for port in ports)
+def test_a_task_of_a_job_array_is_a_job_of_its_own() -> None:
+    """The last one has the array's own number as SLURM_JOB_ID, which names all of them."""
+    environ = {"SLURM_ARRAY_JOB_ID": "4711", "SLURM_ARRAY_TASK_ID": "2"}
+    assert ProcessEnvironment.read(SRUN | environ).job_id == "4711_2"
 
 
-def test_a_given_port_is_taken() -> None:
-    assert ProcessEnvironment.read(SRUN | {"MASTER_PORT": "1234"}).master_port == 1234
+def test_a_given_address_and_port_are_taken() -> None:
+    environment = ProcessEnvironment.read(SRUN | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"})
+    assert (environment.master_addr, environment.master_port, environment.start) == ("10.0.0.1", 1234, "")
 
 
 def test_one_task_under_slurm_is_one_rank_of_a_job() -> None:
@@ -122,30 +118,6 @@ def test_one_task_under_slurm_is_one_rank_of_a_job() -> None:
 def test_torchrun_inside_a_job_is_torchruns_world_and_slurms_job() -> None:
     environment = ProcessEnvironment.read(SRUN | TORCHRUN)
     assert (environment.rank, environment.size, environment.job_id) == (5, 8, "4711")
-
-
-def test_the_end_of_the_job_is_on_the_monotonic_clock() -> None:
-    environ = SRUN | {"SLURM_JOB_END_TIME": str(int(time.time()) + 1000)}
-    deadline_s = ProcessEnvironment.read(environ).deadline_s
-    assert deadline_s is not None
-    assert abs(deadline_s - time.monotonic() - 1000) < 100
-    assert ProcessEnvironment.read(SRUN).deadline_s is None
-
-
-def test_srun_finds_the_address_of_the_first_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Node names need not resolve: `scontrol` knows the address. Here a script answers as it does."""
-    script = tmp_path / "scontrol"
-    script.write_text(
-        "#!/bin/sh\n"
-        'case "$2" in\n'
-        "hostnames) printf 'node0\\nnode1\\nnode2\\n' ;;\n"
-        'node) printf \'NodeName=%s Arch=x86_64\\n   NodeAddr=10.1.1.7 NodeHostName=%s Version=24\\n\' "$3" "$3" ;;\n'
-        "esac\n"
-    )
-    script.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    environ = {key: value for key, value in SRUN.items() if key != "MASTER_ADDR"}
-    assert ProcessEnvironment.read(environ).master_addr == "10.1.1.7"
 
 
 def test_a_world_of_one_communicates_with_itself() -> None:
@@ -225,4 +197,15 @@ def test_cuda_that_is_not_there_is_refused() -> None:
 def test_srun_without_slurms_own_commands_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="MASTER_ADDR"):
-        ProcessEnvironment.read({name: value for name, value in SRUN.items() if name != "MASTER_ADDR"})
+        ProcessEnvironment.read(SRUN | {"SLURM_PROCID": "0"})
+    address = ProcessEnvironment.read(SRUN | {"SLURM_PROCID": "0", "MASTER_ADDR": "10.0.0.1"}).master_addr
+    assert address == "10.0.0.1"
+
+
+def test_a_wish_to_stop_on_rank_zero_stops_all() -> None:
+    def asked() -> None:
+        raise StopAsked(1)
+
+    with pytest.raises(StopAsked) as stop:
+        World().first(asked)
+    assert stop.value.word == 1

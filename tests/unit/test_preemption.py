@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+from dino_dist.errors import StopAsked
 from dino_dist.preemption import (
     GO_ON,
     SAVE_AND_EXIT,
@@ -16,7 +17,9 @@ from dino_dist.preemption import (
     AgreedWord,
     StopReason,
     StopSignals,
+    TimeLimit,
 )
+from dino_dist.slurm import SlurmError
 
 FORK = multiprocessing.get_context("fork")
 STOPPING = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
@@ -55,6 +58,15 @@ def test_second_interrupt_of_a_human_ends_at_once() -> None:
             signal.raise_signal(signal.SIGINT)
 
 
+def test_a_repeated_interrupt_in_a_job_is_no_human() -> None:
+    with StopSignals(at_a_terminal=False) as signals:
+        signal.raise_signal(signal.SIGINT)
+        assert signals.reason is not None
+        signals.reason = StopReason(name="SIGINT", at_s=signals.reason.at_s - 5)
+        signal.raise_signal(signal.SIGINT)
+        assert signals.word == SAVE_AND_EXIT
+
+
 def test_handlers_are_put_back() -> None:
     before = [signal.getsignal(number) for number in (*STOPPING, signal.SIGCONT)]
     with StopSignals():
@@ -64,7 +76,9 @@ def test_handlers_are_put_back() -> None:
 
 
 def test_time_limit_leaves_room_for_two_saves() -> None:
-    signals = StopSignals(deadline_s=time.monotonic() + 1000, margin_s=30)
+    signals = StopSignals(margin_s=30)
+    end_s = time.time() + 1000
+    signals.time_limit = TimeLimit(lambda: end_s)
     assert signals.word == GO_ON
     signals.save_s = 400
     assert signals.word == GO_ON
@@ -74,6 +88,45 @@ def test_time_limit_leaves_room_for_two_saves() -> None:
     assert signals.reason.name == "time limit"
     signals.save_s = 0
     assert signals.word == SAVE_AND_REQUEUE, "once given, the word stays"
+
+
+def test_more_time_given_by_an_administrator_is_taken() -> None:
+    ends_s = [time.time() + 100]
+    limit = TimeLimit(lambda: ends_s[-1])
+    ends_s.append(time.time() + 10_000)
+    assert not limit.is_near(save_s=100, margin_s=30)
+    assert limit.is_near(save_s=6000, margin_s=30)
+
+
+def test_an_unmeasured_save_takes_at_most_a_quarter_of_a_short_job() -> None:
+    end_s = time.time() + 120
+    limit = TimeLimit(lambda: end_s)
+    assert not limit.is_near(save_s=None, margin_s=30)
+
+
+def test_a_job_without_a_limit_never_ends() -> None:
+    assert not TimeLimit(lambda: None).is_near(save_s=1e9, margin_s=30)
+
+
+def test_a_controller_that_does_not_answer_changes_nothing() -> None:
+    answers: list[float | None] = [time.time() + 100, None]
+
+    def ask() -> float | None:
+        answer = answers.pop(0)
+        if answer is None:
+            raise SlurmError("unable to contact the controller")
+        return answer
+
+    assert TimeLimit(ask).is_near(save_s=100, margin_s=30)
+
+
+def test_before_the_first_step_a_word_is_an_exception() -> None:
+    with StopSignals() as signals:
+        signals.raise_if_asked()
+        signal.raise_signal(signal.SIGUSR2)
+        with pytest.raises(StopAsked) as asked:
+            signals.raise_if_asked()
+    assert asked.value.word == SAVE_AND_REQUEUE
 
 
 def test_agreed_word_is_read_one_step_late() -> None:

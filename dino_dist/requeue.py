@@ -1,0 +1,56 @@
+"""After everything is saved: another run of the Slurm job, unless somebody cancelled it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from dino_dist.slurm import SlurmError, requeue, show_job
+
+_DELAYS_S: Final = (0.0, 1.0, 2.0, 4.0)
+"""Between tries: a controller that restarts, or is busy with a preemption, answers again soon."""
+_QUEUED: Final = ("PENDING", "REQUEUED")
+
+
+class Outcome(Enum):
+    """What became of the wish for another run."""
+
+    REQUEUED = "Slurm runs the job again"
+    CANCELLED = "the job was cancelled and stays gone"
+    LEFT_TO_SLURM = "Slurm preempts the job and requeues it by itself"
+    REFUSED = "Slurm refuses"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """An outcome, and what was said."""
+
+    outcome: Outcome
+    words: str
+
+
+def ask_for_requeue(job_id: str, *, delays_s: Sequence[float] = _DELAYS_S) -> Answer:
+    """Requeue a job that runs or is preempted: SIGTERM means preemption or scancel, and only Slurm knows which.
+
+    A preempted job has a PreemptTime, and is RUNNING for the partition's grace time; a cancelled one is neither.
+    `delays_s`: the wait before each try.
+    """
+    preempted, words = False, ""
+    for delay_s in delays_s:
+        time.sleep(delay_s)
+        try:
+            job = show_job(job_id)
+            if job is None or not (job.preempted or job.state in ("RUNNING", *_QUEUED)):
+                state = "forgotten" if job is None else job.state
+                return Answer(outcome=Outcome.CANCELLED, words=f"job {job_id} is {state}")
+            preempted = job.preempted
+            if job.state not in _QUEUED:
+                requeue(job_id)
+            return Answer(outcome=Outcome.REQUEUED, words=f"job {job_id} runs again, restart {job.restarts + 1}")
+        except SlurmError as error:
+            words = str(error)
+    outcome = Outcome.LEFT_TO_SLURM if preempted else Outcome.REFUSED
+    return Answer(outcome=outcome, words=f"requeue of job {job_id} failed {len(delays_s)} times: {words}")
