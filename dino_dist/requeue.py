@@ -19,7 +19,7 @@ class Outcome(Enum):
     """What became of the wish for another run."""
 
     REQUEUED = "Slurm runs the job again"
-    CANCELLED = "the job was cancelled and stays gone"
+    ENDING = "Slurm ends the job, and knows whether it runs again"
     LEFT_TO_SLURM = "Slurm preempts the job and requeues it by itself"
     REFUSED = "Slurm refuses"
 
@@ -35,7 +35,8 @@ class Answer:
 def ask_for_requeue(job_id: str, *, delays_s: Sequence[float] = _DELAYS_S) -> Answer:
     """Requeue a job that runs or is preempted: SIGTERM means preemption or scancel, and only Slurm knows which.
 
-    A preempted job has a PreemptTime, and is RUNNING for the partition's grace time; a cancelled one is neither.
+    A preempted job has a PreemptTime, and is RUNNING for the partition's grace time; a cancelled one is neither, nor is
+    one that lost a node, which Slurm requeues by itself.
     `delays_s`: the wait before each try.
     """
     preempted, words = False, ""
@@ -45,7 +46,7 @@ def ask_for_requeue(job_id: str, *, delays_s: Sequence[float] = _DELAYS_S) -> An
             job = show_job(job_id)
             if job is None or not (job.preempted or job.state in ("RUNNING", *_QUEUED)):
                 state = "forgotten" if job is None else job.state
-                return Answer(outcome=Outcome.CANCELLED, words=f"job {job_id} is {state}")
+                return Answer(outcome=Outcome.ENDING, words=f"job {job_id} is {state}")
             preempted = job.preempted
             if job.state not in _QUEUED:
                 requeue(job_id)

@@ -59,8 +59,14 @@ class RunSession:
             with self.attempt.exclusive():
                 write_config(self.folder, config)
             changes = f"; changed: {', '.join(self._changes)}" if self._changes else ""
-            self._write("start", steps_done, f"{self._world.size} ranks{changes}")
+            self._write("start", steps_done, f"{self._world.size} ranks{changes}{self._word_of_the_last()}")
         self._world.barrier()  # rows that other ranks write from now on are not cut
+
+    def _word_of_the_last(self) -> str:
+        before = self.attempt.number - 1
+        if not before or self.folder.ended_file(before).exists():
+            return ""
+        return f"; attempt {before} left no word of its end: it was killed, or its node is lost"
 
     def last_logged(self, key: str) -> int:
         """The step of the last row of metrics.jsonl with `key`, the same on all ranks; 0 if there is none."""
@@ -73,7 +79,7 @@ class RunSession:
         if self.attempt.superseded:
             self.attempt.check()
 
-    def ledger_row(self, event: Event, step: int, why: str, **more: Any) -> None:
+    def ledger_row(self, event: Event, step: int | None, why: str, **more: Any) -> None:
         """A row that all ranks ask for and rank 0 writes."""
         if self._world.is_first:
             self._write(event, step, why, **more)
@@ -101,18 +107,19 @@ class RunSession:
 
     def report_hang(self, fault: Fault) -> None:
         """What the watchdog found: who, where, in which phase, and the Python stacks of the ranks that answered."""
-        suspect = {"suspect_host": fault.hosts[0]} if fault.ends and fault.hosts else {}
+        blamed = fault.ends and fault.blames and fault.hosts
+        suspect = {"suspect_host": fault.hosts[0], "hosts": list(fault.hosts)} if blamed else {}
         stacks = {"stacks": {str(rank): stack for rank, stack in fault.stacks.items()}} if fault.stacks else {}
         with suppress(Superseded):
             self._write("fault", fault.step, f"{fault.kind}: {fault.why}", **suspect, **stacks)
 
-    def _write(self, event: Event, step: int, why: str, **more: Any) -> None:
+    def _write(self, event: Event, step: int | None, why: str, **more: Any) -> None:
         """A ledger row; a disk that is full or gone is no reason to end a run, so the log gets it then."""
         try:
             self._ledger.append(event, step=step, why=why, **more)
         except OSError as error:
             _log.error(
-                "%s cannot be written (%s); lost: %s at step %d, %s", self.folder.ledger, error, event, step, why
+                "%s cannot be written (%s); lost: %s at step %s, %s", self.folder.ledger, error, event, step, why
             )
 
     def list_bad_samples(self, step: int, bad: Sequence[BadRecord]) -> None:

@@ -10,6 +10,7 @@ from dino_dist.preemption import SAVE_AND_REQUEUE, TimeLimit
 from dino_dist.requeue import Answer, Outcome, ask_for_requeue
 from dino_dist.resume import save
 from dino_dist.run import Run
+from dino_dist.run_session import RunSession
 from dino_dist.slurm import SlurmError, show_job
 
 _log = logging.getLogger(__name__)
@@ -44,42 +45,57 @@ def stop_early(run: Run, word: int) -> int:
         )
     run.pulse.enter("leaving", run.steps_done)
     job_id = run.session.job_id if run.config.run.requeue else None
-    if word != SAVE_AND_REQUEUE or job_id is None:
-        why = "stopped early, everything saved"
-        run.session.ledger_row("stop", run.steps_done, why, exit_code=STOPPED)
-        run.monitor.say(f"stopped at step {run.steps_done}, saved; the same command goes on from here")
-        return STOPPED
-    answer = run.world.first(lambda: ask_for_requeue(job_id))
-    if answer.outcome is Outcome.REQUEUED:
-        run.session.ledger_row("requeue", run.steps_done, answer.words)
-    elif answer.outcome is Outcome.CANCELLED:
-        why = f"stopped early, everything saved; {answer.words}: no requeue"
-        run.session.ledger_row("stop", run.steps_done, why, exit_code=STOPPED)
-    else:
-        run.session.ledger_row("fault", run.steps_done, answer.words)
-    run.monitor.say(f"stopped at step {run.steps_done}, saved; {answer.outcome.value} ({answer.words})")
+    answer = run.world.first(lambda: another_run(run.session, word, job_id, run.steps_done))
+    run.monitor.say(f"stopped at step {run.steps_done}, saved; {in_words(answer)}")
     run.world.barrier()  # srun ends the others when the first has gone
     return leave(answer)
 
 
-def stop_at_start(asked: StopAsked, job_id: str | None, *, is_first: bool) -> int:
-    """Leave before there is anything new to save; rank 0 sees to another run. Returns the exit code."""
+def stop_at_start(session: RunSession | None, asked: StopAsked, job_id: str | None, *, is_first: bool) -> int:
+    """Leave before there is anything new to save; rank 0 sees to another run. Returns the exit code.
+
+    `session`: None before the ranks have met.
+    """
     if not is_first:
         return STOPPED
-    if asked.word != SAVE_AND_REQUEUE or job_id is None:
-        _log.warning("stopped before the first step of this start: nothing new to save")
-        return STOPPED
-    answer = ask_for_requeue(job_id)
-    _log.warning("stopped before the first step of this start: %s (%s)", answer.outcome.value, answer.words)
+    answer = another_run(session, asked.word, job_id, None if session is None else session.first_step)
+    _log.warning("stopped before the first step of this start; %s", in_words(answer))
     return leave(answer)
 
 
-def leave(answer: Answer) -> int:
+def another_run(session: RunSession | None, word: int, job_id: str | None, step: int | None) -> Answer | None:
+    """On rank 0: ask for another run if the word says so, and enter into the ledger what came of it.
+
+    None: nobody asks for one, or there is no job.
+    """
+    answer = ask_for_requeue(job_id) if word == SAVE_AND_REQUEUE and job_id is not None else None
+    if session is None:
+        return answer
+    if answer is None:
+        session.ledger_row("stop", step, "stopped early, everything saved", exit_code=STOPPED)
+    elif answer.outcome is Outcome.REQUEUED:
+        session.ledger_row("requeue", step, answer.words)
+    elif answer.outcome is Outcome.ENDING:
+        why = f"stopped early, everything saved; no requeue: {answer.words}"
+        session.ledger_row("stop", step, why, exit_code=STOPPED)
+    else:
+        session.ledger_row("fault", step, answer.words)
+    return answer
+
+
+def in_words(answer: Answer | None) -> str:
+    """For the person at the terminal."""
+    return "the same command goes on from here" if answer is None else f"{answer.outcome.value} ({answer.words})"
+
+
+def leave(answer: Answer | None) -> int:
     """The exit code of a saved run, once it is certain that leaving does not end its job; `FailedTogether` if it would.
 
     A task that exits in good order without a requeue ends the job. So where Slurm refuses one, all ranks fail; where it
     preempts the job, and requeues it by itself, they wait for its kill.
     """
+    if answer is None:
+        return STOPPED
     if answer.outcome is Outcome.LEFT_TO_SLURM:
         deadline = time.monotonic() + _PATIENCE_S
         while time.monotonic() < deadline:

@@ -23,7 +23,7 @@ from dino_dist.errors import FailedTogether, RunFailed, StopAsked
 from dino_dist.evaluate import cls_forward, decode_rules, fixed_images
 from dino_dist.health import center_norm
 from dino_dist.liveness import Limits, Pulse
-from dino_dist.preemption import AgreedWord, StopSignals
+from dino_dist.preemption import GO_ON, AgreedWord, StopSignals
 from dino_dist.resume import restore, save
 from dino_dist.run import Run, build_run, loader
 from dino_dist.run_session import RunSession, open_session
@@ -57,9 +57,9 @@ def train(config: Config, environment: ProcessEnvironment, *, accept_changes: bo
                 poll=signals.raise_if_asked,
             ) as world:
                 return train_in(world, config, environment, signals, accept_changes=accept_changes)
-        except StopAsked as asked:  # in the loop, it ends there
+        except StopAsked as asked:  # before the ranks have met
             job_id = environment.job_id if config.run.requeue else None
-            return stop_at_start(asked, job_id, is_first=environment.rank == 0)
+            return stop_at_start(None, asked, job_id, is_first=environment.rank == 0)
 
 
 def train_in(
@@ -78,19 +78,21 @@ def train_in(
         open_session(config, world, environment, accept_changes=accept_changes) as session,
         watchdog(world, config, pulse, session) as watch,
     ):
-        run = build_run(config, world, session, signals, pulse)
-        set_timeout(config.parallel.timeout_start_s, run.step.networks.mesh_groups())
-        with ExitStack() as ending:  # each is closed even if another cannot be
-            ending.callback(run.checkpointer.close)
-            ending.callback(run.monitor.close)
-            with faults_told(run, watch):
-                restore(run)
-                stop_together(run)
-                with closing(loader(run)) as batches:
-                    try:
+        try:
+            run = build_run(config, world, session, signals, pulse)
+            set_timeout(config.parallel.timeout_start_s, run.step.networks.mesh_groups())
+            with ExitStack() as ending:  # each is closed even if another cannot be
+                ending.callback(run.checkpointer.close)
+                ending.callback(run.monitor.close)
+                with faults_told(run, watch):
+                    restore(run)
+                    stop_together(run)
+                    with closing(loader(run)) as batches:
                         return loop(run, batches)
-                    except StopAsked as asked:  # within an evaluation
-                        return stop_early(run, asked.word)
+        except StopAsked as asked:  # while the data were indexed, or just before the first step
+            session.signal_row(session.first_step, signals.reason)
+            job_id = environment.job_id if config.run.requeue else None
+            return stop_at_start(session, asked, job_id, is_first=world.is_first)
 
 
 def watchdog(world: World, config: Config, pulse: Pulse, session: RunSession) -> Watchdog:
@@ -110,7 +112,6 @@ def stop_together(run: Run) -> None:
     """Before the first step: `StopAsked` on all ranks if one of them is asked to stop."""
     word = max(run.world.gather(run.signals.word))
     if word:
-        run.session.signal_row(run.steps_done, run.signals.reason)
         raise StopAsked(word)
 
 
@@ -140,7 +141,16 @@ def faults_told(run: Run, watch: Watchdog) -> Iterator[None]:
 
 
 def loop(run: Run, batches: Iterator[list[Batch]]) -> int:
-    """The steps that are left; returns the exit code."""
+    """The steps that are left, or those until somebody asks to stop; returns the exit code."""
+    try:
+        word = steps(run, batches)
+    except StopAsked as asked:  # within an evaluation
+        word = asked.word
+    return stop_early(run, word) if word else finish(run)
+
+
+def steps(run: Run, batches: Iterator[list[Batch]]) -> int:
+    """The steps that are left; returns the word on stopping, 0 once all are done."""
     config, schedules, pulse = run.config, run.schedules, run.pulse
     if evaluation_due(run):  # the last start ended before it
         evaluate(run)
@@ -158,7 +168,7 @@ def loop(run: Run, batches: Iterator[list[Batch]]) -> int:
         pulse.enter("log", run.steps_done)
         log(run, settings, result, micro_batches)
         if word:
-            return stop_early(run, word)
+            return word
         if run.steps_done % run.every.save == 0 and run.steps_done < schedules.total_steps:
             pulse.enter("save", run.steps_done)
             save(run, wait=False)
@@ -166,7 +176,7 @@ def loop(run: Run, batches: Iterator[list[Batch]]) -> int:
             evaluate(run)
         if run.steps_done == run.session.first_step + 1:
             set_timeout(config.parallel.timeout_s, run.step.networks.mesh_groups())
-    return finish(run)
+    return GO_ON
 
 
 def log(run: Run, settings: StepSettings, result: StepResult, micro_batches: list[Batch]) -> None:

@@ -97,6 +97,9 @@ def after_the_step(
 
     `said`: srun's own lines. Returns the exit code of the job.
     """
+    lost = [match["host"] for line in said for match in [_NODE_LOST.search(line)] if match]
+    if lost:
+        enter_lost_nodes(folder, lost)
     rows = [row for row in read_rows(folder.ledger) if row["attempt"] > attempts_before]
     ends = [row for row in rows if row["event"] in ("stop", "requeue")]
     if ends:  # the first rank that leaves makes srun end the others, so its exit code says less than the ledger
@@ -108,16 +111,34 @@ def after_the_step(
     return after_a_crash(task, folder, job_id, code=code, said=said)
 
 
+def enter_lost_nodes(folder: RunFolder, hosts: Sequence[str]) -> None:
+    """Name nodes that failed: ranks on the others saved and left, and Slurm requeues the job, but neither says why."""
+    step = newest_step(folder)
+    with folder.join_attempt(folder.newest_attempt()) as attempt:
+        for host in dict.fromkeys(hosts):
+            ledger = Ledger(attempt, rank=None, host=os.environ.get("SLURMD_NODENAME", ""))
+            ledger.append("fault", step=step, why=f"node {host} failed", suspect_host=host)
+
+
+def newest_step(folder: RunFolder) -> int:
+    """Of the newest checkpoint; 0 before the first."""
+    return max((step for step, _ in committed(folder.checkpoints)), default=0)
+
+
 def after_a_crash(task: TrainTask, folder: RunFolder, job_id: str, *, code: int, said: Sequence[str]) -> int:
     """Enter the fault into the ledger and requeue, unless that led nowhere several times in a row."""
     why, suspect = cause(code, said)
     job = _job_now(job_id)
-    if job is not None and (job.preempted or job.state != "RUNNING"):
-        why, suspect = f"{why}, while Slurm ends the job ({job.state})", None  # no node is to blame for that
+    slurm_ends_it = job is not None and job.state != "RUNNING" and not job.preempted
+    if job is not None and slurm_ends_it:
+        why = f"{why}, while Slurm ends the job ({job.state}) and knows whether it runs again"
     print(why, file=sys.stderr, flush=True)
-    step = max((step for step, _ in committed(folder.checkpoints)), default=0)
+    step = newest_step(folder)
     with folder.join_attempt(folder.newest_attempt()) as attempt:
         ledger = Ledger(attempt, rank=None, host=os.environ.get("SLURMD_NODENAME", ""))
+        if slurm_ends_it:
+            ledger.append("fault" if suspect else "stop", step=step, why=why, suspect_host=suspect)
+            return FAILED
         ledger.append("fault", step=step, why=why, suspect_host=suspect)
         limit = load_config(str(folder.path / SUBMITTED_CONFIG)).run.max_idle_restarts
         if idle_restarts(read_rows(folder.ledger), step) >= limit:
@@ -167,10 +188,6 @@ def first_end(said: Sequence[str]) -> TaskEnd | None:
 
 def cause(code: int, said: Sequence[str]) -> tuple[str, str | None]:
     """What ended the step, in one line, and the node that may be to blame."""
-    for line in said:
-        lost = _NODE_LOST.search(line)
-        if lost is not None:
-            return f"node {lost['host']} failed", lost["host"]
     began = first_end(said)
     if began is not None:
         return f"rank {began.ranks} on {began.host}: {began.how}", began.suspect_host

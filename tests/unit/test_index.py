@@ -10,7 +10,7 @@ import pickle
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import pytest
 
 from dino_dist.data.index import open_dataset
 from dino_dist.data.shard_index import NO_LABEL, UNREADABLE_LABEL, index_shard
-from dino_dist.errors import UserError
+from dino_dist.errors import StopAsked, UserError
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
@@ -344,3 +344,21 @@ def test_missing_things_are_named(folder: Path, fallback: Path) -> None:
         open_dataset(f"{folder}/manifest.json", fallback_dir=fallback)
     with pytest.raises(UserError, match="no shard manifest"):
         open_dataset(f"{folder}/nothing.json", fallback_dir=fallback)
+
+
+def test_an_interrupted_indexing_goes_on_where_it_was(folder: Path, fallback: Path) -> None:
+    def stop_after(number: int) -> Callable[[], None]:
+        left = iter(range(number))
+
+        def poll() -> None:
+            if next(left, None) is None:
+                raise StopAsked(1)
+
+        return poll
+
+    with pytest.raises(StopAsked):
+        open_dataset(str(folder), fallback_dir=fallback, poll=stop_after(1), num_threads=1)
+    kept = json.loads((folder / "manifest.json").read_text())["shards"]
+    assert [row["name"] for row in kept] == ["000.tar", "001.tar"]
+    # Two of three are done, so one poll is all that is left.
+    assert open_dataset(str(folder), fallback_dir=fallback, poll=stop_after(1)).num_samples == 8

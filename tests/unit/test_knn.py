@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import torch.distributed as dist
 from sklearn.neighbors import KNeighborsClassifier
 
 from dino_dist.dist import World
-from dino_dist.errors import UserError
+from dino_dist.errors import StopAsked, UserError
 from dino_dist.eval.features import extract
 from dino_dist.eval.knn import KnnAccuracy, knn_accuracy, knn_predict, nearest_neighbors
 
@@ -159,3 +161,25 @@ def test_an_id_that_comes_twice_and_no_image_at_all_are_refused() -> None:
         extract(lambda images: images, [batch], World())
     with pytest.raises(ValueError, match="no image"):
         extract(lambda images: images, [], World())
+
+
+def _interrupted(world: World) -> tuple[int, int]:
+    seen = 0
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        nonlocal seen
+        seen += 1
+        return world.all_reduce_sum_(images.clone())
+
+    batches = [(torch.ones(2, 3), torch.zeros(2), torch.arange(2) + 10 * n + 100 * world.rank) for n in range(5)]
+    try:
+        # Only rank 1 hears of it, before its third batch.
+        extract(forward, batches, world, lambda: 2 if world.rank == 1 and seen == 2 else 0)
+    except StopAsked as asked:
+        return seen, asked.word
+    return seen, 0
+
+
+@pytest.mark.distributed
+def test_a_wish_to_stop_on_one_rank_ends_the_evaluation_on_all(ranks: Callable[..., list[Any]]) -> None:
+    assert ranks(2, _interrupted) == [(2, 2), (2, 2)]

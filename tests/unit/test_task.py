@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dino_dist.ledger import Ledger
+from dino_dist.ledger import Ledger, read_rows
 from dino_dist.run_folder import RunFolder
 from launch.task import TrainTask, after_the_step, cause, idle_restarts, srun_command
 
@@ -84,6 +84,14 @@ def test_without_a_word_in_the_ledger_an_orderly_exit_code_counts(folder: RunFol
     assert after_the_step(task(folder), folder, 1, "1", code=code, said=[]) == code
 
 
+def test_a_lost_node_is_named_although_the_ranks_left_in_good_order(folder: RunFolder) -> None:
+    write(folder, {"event": "stop", "exit_code": 3})
+    said = ["srun: error: Node failure on n1", "srun: error: n0: task 0: Exited with exit code 3"]
+    assert after_the_step(task(folder), folder, 0, "1", code=143, said=said) == 3
+    (fault,) = [row for row in read_rows(folder.ledger) if row["event"] == "fault"]
+    assert (fault["suspect_host"], fault["rank"]) == ("n1", None)
+
+
 @pytest.mark.parametrize("settled", [2, 3, 4])
 def test_what_the_first_rank_says_in_good_order_is_settled(folder: RunFolder, settled: int) -> None:
     """srun's own code is that of the ranks that it ended."""
@@ -97,7 +105,6 @@ def test_what_the_first_rank_says_in_good_order_is_settled(folder: RunFolder, se
         (["srun: error: n1: task 1: Killed", "srun: Terminating StepId=2.0"], "rank 1 on n1: Killed", "n1"),
         (["srun: error: gpu-7: tasks 8-15: Exited with exit code 1"], "rank 8-15 on gpu-7: Exited", None),
         (["srun: error: n3: task 3: Bus error"], "rank 3 on n3: Bus error", "n3"),
-        (["srun: error: n0: task 0: Killed", "srun: error: Node failure on n1"], "node n1 failed", "n1"),
         (
             ["srun: launch", "srun: error: n0: task 0: Out Of Memory", "srun: error: n1: task 1: Killed"],
             "rank 0 on n0: Out Of Memory",
