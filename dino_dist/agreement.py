@@ -20,6 +20,7 @@ def flags(run: Run, micro_batches: list[Batch]) -> torch.Tensor:
     run.session.list_bad_samples(run.steps_done + 1, bad)
     if run.checkpointer.last_save_s is not None:
         run.signals.save_s = run.checkpointer.last_save_s
+    run.signals.step_s = run.meter.mean_step_s or run.signals.step_s
     word = run.signals.word
     return word_tensor(run, [float(word == SAVE_AND_REQUEUE), float(word == SAVE_AND_EXIT), float(len(bad))])
 

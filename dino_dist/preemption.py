@@ -59,9 +59,11 @@ class TimeLimit:
         now_s = time.monotonic()
         self._share_s = math.inf if self._end_s is None else max(self._end_s - now_s, 0.0) * _LARGEST_SHARE
 
-    def is_near(self, *, save_s: float | None, margin_s: float) -> bool:
-        """Whether what is left is less than two saves and the margin."""
-        needed_s = min(2 * _UNKNOWN_SAVE_S + margin_s, self._share_s) if save_s is None else 2 * save_s + margin_s
+    def is_near(self, *, save_s: float | None, step_s: float, margin_s: float) -> bool:
+        """Whether what is left is less than two saves, two steps (the word is agreed one step late) and the margin."""
+        needed_s = 2 * (_UNKNOWN_SAVE_S if save_s is None else save_s) + 2 * step_s + margin_s
+        if save_s is None:
+            needed_s = min(needed_s, self._share_s)
         if not self._is_within(needed_s):
             return False
         try:
@@ -100,6 +102,8 @@ class StopSignals:
         """Known on one rank: the others hear of it through the agreed word."""
         self.save_s: float | None = None
         """Seconds that a save takes, as measured; the owner of the loop keeps it up to date."""
+        self.step_s = 0.0
+        """Seconds that a step takes, likewise."""
         self.reason: StopReason | None = None
         """The first cause to stop; None while there is none."""
         self._word = GO_ON
@@ -109,9 +113,16 @@ class StopSignals:
     def word(self) -> int:
         """0 go on, 1 save and requeue, 2 save and exit."""
         limit = self.time_limit
-        if self._word == GO_ON and limit is not None and limit.is_near(save_s=self.save_s, margin_s=self.margin_s):
+        if self._word != GO_ON or limit is None:
+            return self._word
+        if limit.is_near(save_s=self.save_s, step_s=self.step_s, margin_s=self.margin_s):
             self._word = SAVE_AND_REQUEUE
             self.reason = StopReason(name="time limit", at_s=time.monotonic())
+        return self._word
+
+    @property
+    def signalled(self) -> int:
+        """The word without the clock: a start does one step at least, or it would never get anywhere."""
         return self._word
 
     def raise_if_asked(self) -> None:

@@ -12,7 +12,7 @@ from dino_dist.slurm import SlurmError, requeue, show_job
 
 _DELAYS_S: Final = (0.0, 1.0, 2.0, 4.0)
 """Between tries: a controller that restarts, or is busy with a preemption, answers again soon."""
-_QUEUED: Final = ("PENDING", "REQUEUED")
+_QUEUED: Final = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
 
 
 class Outcome(Enum):
@@ -20,6 +20,7 @@ class Outcome(Enum):
 
     REQUEUED = "Slurm runs the job again"
     ENDING = "Slurm ends the job, and knows whether it runs again"
+    CANNOT = "this job cannot be requeued"
     LEFT_TO_SLURM = "Slurm preempts the job and requeues it by itself"
     REFUSED = "Slurm refuses"
 
@@ -33,10 +34,9 @@ class Answer:
 
 
 def ask_for_requeue(job_id: str, *, delays_s: Sequence[float] = _DELAYS_S) -> Answer:
-    """Requeue a job that runs or is preempted: SIGTERM means preemption or scancel, and only Slurm knows which.
+    """Requeue a job that runs: SIGTERM means preemption or scancel, and only the state tells which.
 
-    A preempted job has a PreemptTime, and is RUNNING for the partition's grace time; a cancelled one is neither, nor is
-    one that lost a node, which Slurm requeues by itself.
+    A preempted job stays RUNNING for its grace time; a cancelled one, or one that lost a node, is COMPLETING.
     `delays_s`: the wait before each try.
     """
     preempted, words = False, ""
@@ -44,9 +44,13 @@ def ask_for_requeue(job_id: str, *, delays_s: Sequence[float] = _DELAYS_S) -> An
         time.sleep(delay_s)
         try:
             job = show_job(job_id)
-            if job is None or not (job.preempted or job.state in ("RUNNING", *_QUEUED)):
+            if job is None or job.is_over or job.state == "COMPLETING":
                 state = "forgotten" if job is None else job.state
                 return Answer(outcome=Outcome.ENDING, words=f"job {job_id} is {state}")
+            if "0" in (job.fields.get("BatchFlag"), job.fields.get("Requeue")):
+                return Answer(
+                    outcome=Outcome.CANNOT, words=f"job {job_id} is no batch job, or was sent with --no-requeue"
+                )
             preempted = job.preempted
             if job.state not in _QUEUED:
                 requeue(job_id)

@@ -75,8 +75,11 @@ def own_job_id(environ: Mapping[str, str]) -> str | None:
 
 
 def parse_fields(text: str) -> dict[str, str]:
-    """The `Name=value` words of `scontrol show` output; a value with blanks keeps its first word."""
-    return dict(word.split("=", 1) for word in text.split() if "=" in word)
+    """The `Name=value` words of `scontrol show` output; a value with blanks keeps its first word.
+
+    The first of a name counts: a user's comment further down may hold another.
+    """
+    return dict(word.split("=", 1) for word in reversed(text.split()) if "=" in word)
 
 
 def show_job(job_id: str) -> Job | None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import time
 
+from dino_dist.dist import World
 from dino_dist.errors import FailedTogether, StopAsked
-from dino_dist.preemption import SAVE_AND_REQUEUE, TimeLimit
+from dino_dist.exit_codes import FAILED, INTERRUPTED, STOPPED
+from dino_dist.liveness import Pulse
+from dino_dist.preemption import SAVE_AND_EXIT, SAVE_AND_REQUEUE, StopReason, TimeLimit
 from dino_dist.requeue import Answer, Outcome, ask_for_requeue
 from dino_dist.resume import save
 from dino_dist.run import Run
@@ -15,8 +18,6 @@ from dino_dist.slurm import SlurmError, show_job
 
 _log = logging.getLogger(__name__)
 
-STOPPED = 3
-"""Exit code: a signal stopped the run and everything is saved."""
 _PATIENCE_S = 900.0
 """For Slurm to end a job that it preempts; its grace time is usually minutes."""
 
@@ -40,42 +41,57 @@ def stop_early(run: Run, word: int) -> int:
     run.pulse.enter("save", run.steps_done)
     run.session.signal_row(run.steps_done, run.signals.reason)
     if not save(run, wait=True):
-        raise FailedTogether(
-            f"stopped at step {run.steps_done} but its checkpoint could not be written: see the ledger"
-        )
-    run.pulse.enter("leaving", run.steps_done)
-    job_id = run.session.job_id if run.config.run.requeue else None
-    answer = run.world.first(lambda: another_run(run.session, word, job_id, run.steps_done))
-    run.monitor.say(f"stopped at step {run.steps_done}, saved; {in_words(answer)}")
-    run.world.barrier()  # srun ends the others when the first has gone
-    return leave(answer)
+        failed = f"stopped at step {run.steps_done} but its checkpoint could not be written: see the ledger"
+        if word == SAVE_AND_EXIT:  # nobody is to bring it back for that
+            run.session.ledger_row("stop", run.steps_done, failed, exit_code=FAILED)
+        raise FailedTogether(failed)
+    return leave_together(run.world, run.session, word, _job_to_requeue(run), run.steps_done, run.pulse)
 
 
-def stop_at_start(session: RunSession | None, asked: StopAsked, job_id: str | None, *, is_first: bool) -> int:
-    """Leave before there is anything new to save; rank 0 sees to another run. Returns the exit code.
+def stop_at_start(world: World, session: RunSession, asked: StopAsked, job_id: str | None, pulse: Pulse) -> int:
+    """Leave, on all ranks alike, before there is anything new to save; returns the exit code."""
+    return leave_together(world, session, asked.word, job_id, session.first_step, pulse)
 
-    `session`: None before the ranks have met.
+
+def leave_together(world: World, session: RunSession, word: int, job_id: str | None, step: int, pulse: Pulse) -> int:
+    """Ask for another run if the word says so, enter into the ledger what came of it, and leave; the exit code."""
+    pulse.enter("leaving", step)
+    answer = world.first(lambda: another_run(session, word, job_id, step))
+    if world.is_first:
+        _log.warning("stopped at step %d, saved; %s", step, in_words(answer))
+    world.barrier()  # srun ends the others when the first has gone
+    return leave(answer, pulse)
+
+
+def stop_before_meeting(asked: StopAsked, reason: StopReason | None, job_id: str | None, *, is_first: bool) -> int:
+    """Leave before the ranks have met: there is no ledger yet, and the other ranks may never come.
+
+    SIGTERM alone is no reason to requeue here: srun sends it as well, when another rank has failed. What is left open
+    the supervisor of a launched job settles.
     """
-    if not is_first:
+    _log.warning("stopped before the first step: nothing to save")
+    if job_id is None:
         return STOPPED
-    answer = another_run(session, asked.word, job_id, None if session is None else session.first_step)
-    _log.warning("stopped before the first step of this start; %s", in_words(answer))
+    if asked.word != SAVE_AND_REQUEUE:
+        return INTERRUPTED
+    if not is_first or reason is None or reason.name == "SIGTERM":
+        return STOPPED
+    answer = ask_for_requeue(job_id)
+    _log.warning("%s", in_words(answer))
     return leave(answer)
 
 
-def another_run(session: RunSession | None, word: int, job_id: str | None, step: int | None) -> Answer | None:
+def another_run(session: RunSession, word: int, job_id: str | None, step: int) -> Answer | None:
     """On rank 0: ask for another run if the word says so, and enter into the ledger what came of it.
 
-    None: nobody asks for one, or there is no job.
+    None: nobody asks for one, or there is no job that could be requeued.
     """
     answer = ask_for_requeue(job_id) if word == SAVE_AND_REQUEUE and job_id is not None else None
-    if session is None:
-        return answer
     if answer is None:
         session.ledger_row("stop", step, "stopped early, everything saved", exit_code=STOPPED)
     elif answer.outcome is Outcome.REQUEUED:
         session.ledger_row("requeue", step, answer.words)
-    elif answer.outcome is Outcome.ENDING:
+    elif answer.outcome in (Outcome.ENDING, Outcome.CANNOT):
         why = f"stopped early, everything saved; no requeue: {answer.words}"
         session.ledger_row("stop", step, why, exit_code=STOPPED)
     else:
@@ -88,18 +104,22 @@ def in_words(answer: Answer | None) -> str:
     return "the same command goes on from here" if answer is None else f"{answer.outcome.value} ({answer.words})"
 
 
-def leave(answer: Answer | None) -> int:
+def leave(answer: Answer | None, pulse: Pulse | None = None) -> int:
     """The exit code of a saved run, once it is certain that leaving does not end its job; `FailedTogether` if it would.
 
     A task that exits in good order without a requeue ends the job. So where Slurm refuses one, all ranks fail; where it
     preempts the job, and requeues it by itself, they wait for its kill.
     """
-    if answer is None:
+    if answer is None or answer.outcome not in (Outcome.REFUSED, Outcome.LEFT_TO_SLURM):
         return STOPPED
     if answer.outcome is Outcome.LEFT_TO_SLURM:
         deadline = time.monotonic() + _PATIENCE_S
         while time.monotonic() < deadline:
             time.sleep(1.0)
-    if answer.outcome in (Outcome.REFUSED, Outcome.LEFT_TO_SLURM):
-        raise FailedTogether(f"everything is saved, but there is no other run of the job: {answer.words}")
-    return STOPPED
+            if pulse is not None:
+                pulse.tick()
+    raise FailedTogether(f"everything is saved, but there is no other run of the job: {answer.words}")
+
+
+def _job_to_requeue(run: Run) -> str | None:
+    return run.session.job_id if run.config.run.requeue else None

@@ -40,6 +40,11 @@ class ThroughputMeter:
         self._steps += 1
         self._images += images
 
+    @property
+    def mean_step_s(self) -> float:
+        """Seconds a step since the last read, without what was paused; 0 before the first step."""
+        return (self._clock() - self._start_s - self._paused_s) / self._steps if self._steps else 0.0
+
     def read(self) -> dict[str, float]:
         """`images_per_s`, `step_s`, `data_wait` (0 to 1) since the last read; an empty dict if there was no step."""
         wall_s = self._clock() - self._start_s - self._paused_s

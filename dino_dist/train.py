@@ -21,6 +21,7 @@ from dino_dist.data.stream import SampleReader
 from dino_dist.dist import ProcessEnvironment, World, joined_world, set_timeout
 from dino_dist.errors import FailedTogether, RunFailed, StopAsked
 from dino_dist.evaluate import cls_forward, decode_rules, fixed_images
+from dino_dist.exit_codes import DONE
 from dino_dist.health import center_norm
 from dino_dist.liveness import Limits, Pulse
 from dino_dist.preemption import GO_ON, AgreedWord, StopSignals
@@ -29,13 +30,13 @@ from dino_dist.run import Run, build_run, loader
 from dino_dist.run_session import RunSession, open_session
 from dino_dist.schedules import StepSettings
 from dino_dist.step import StepResult
-from dino_dist.stopping import job_time_limit, stop_at_start, stop_early
+from dino_dist.stopping import job_time_limit, stop_at_start, stop_before_meeting, stop_early
 from dino_dist.watchdog import Watchdog
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 PICTURED_IMAGES = 4
-DONE = 0
-"""Exit code: the run reached its length."""
+COLLECTIVES_FAIL_LATER = 1.2
+"""Times `timeout_s`: the watchdog speaks first, since it can name who is missing and show the stacks."""
 
 
 def train(config: Config, environment: ProcessEnvironment, *, accept_changes: bool = False) -> int:
@@ -59,7 +60,7 @@ def train(config: Config, environment: ProcessEnvironment, *, accept_changes: bo
                 return train_in(world, config, environment, signals, accept_changes=accept_changes)
         except StopAsked as asked:  # before the ranks have met
             job_id = environment.job_id if config.run.requeue else None
-            return stop_at_start(None, asked, job_id, is_first=environment.rank == 0)
+            return stop_before_meeting(asked, signals.reason, job_id, is_first=environment.rank == 0)
 
 
 def train_in(
@@ -92,7 +93,7 @@ def train_in(
         except StopAsked as asked:  # while the data were indexed, or just before the first step
             session.signal_row(session.first_step, signals.reason)
             job_id = environment.job_id if config.run.requeue else None
-            return stop_at_start(session, asked, job_id, is_first=world.is_first)
+            return stop_at_start(world, session, asked, job_id, pulse)
 
 
 def watchdog(world: World, config: Config, pulse: Pulse, session: RunSession) -> Watchdog:
@@ -110,7 +111,7 @@ def watchdog(world: World, config: Config, pulse: Pulse, session: RunSession) ->
 
 def stop_together(run: Run) -> None:
     """Before the first step: `StopAsked` on all ranks if one of them is asked to stop."""
-    word = max(run.world.gather(run.signals.word))
+    word = max(run.world.gather(run.signals.signalled))
     if word:
         raise StopAsked(word)
 
@@ -144,9 +145,11 @@ def loop(run: Run, batches: Iterator[list[Batch]]) -> int:
     """The steps that are left, or those until somebody asks to stop; returns the exit code."""
     try:
         word = steps(run, batches)
+        if not word:
+            return finish(run)
     except StopAsked as asked:  # within an evaluation
         word = asked.word
-    return stop_early(run, word) if word else finish(run)
+    return stop_early(run, word)
 
 
 def steps(run: Run, batches: Iterator[list[Batch]]) -> int:
@@ -175,7 +178,7 @@ def steps(run: Run, batches: Iterator[list[Batch]]) -> int:
         if evaluation_due(run):  # after the save: an evaluation takes long, and a kill in it costs no step then
             evaluate(run)
         if run.steps_done == run.session.first_step + 1:
-            set_timeout(config.parallel.timeout_s, run.step.networks.mesh_groups())
+            set_timeout(COLLECTIVES_FAIL_LATER * config.parallel.timeout_s, run.step.networks.mesh_groups())
     return GO_ON
 
 

@@ -16,6 +16,7 @@ from dino_dist.config_file import load_config
 from dino_dist.data.shard_list import MANIFEST_NAME, is_manifest, list_shards
 from dino_dist.durations import Duration
 from dino_dist.errors import UserError
+from dino_dist.exit_codes import DONE, STOPPED
 from dino_dist.fencing import Owner, is_live
 from dino_dist.ledger import read_rows
 from dino_dist.manifest import STATE, committed
@@ -23,8 +24,6 @@ from dino_dist.run_folder import RunFolder
 
 _TAIL_BYTES: Final = 1 << 17
 """Of metrics.jsonl, which may hold a million rows: some hundred rows."""
-_STOPPED: Final = 3
-"""Exit code of a run that a signal stopped, with all saved."""
 _SPEED_ROWS: Final = 10
 _SILENT_AFTER_BEATS: Final = 6
 """Another host's heartbeat is read by this host's clock and through a network file system's cache."""
@@ -215,7 +214,7 @@ def _state(folder: RunFolder, attempts: int, ledger: Sequence[Mapping[str, Any]]
     if not folder.ended_file(attempts).exists():
         return "KILLED"
     told = [row for row in _of_attempt(ledger, attempts) if row.get("event") in ("stop", "requeue", "fault")]
-    if not told or told[-1]["event"] == "fault" or told[-1].get("exit_code", _STOPPED) not in (0, _STOPPED):
+    if not told or told[-1]["event"] == "fault" or told[-1].get("exit_code", STOPPED) not in (DONE, STOPPED):
         return "FAILED"
     return "COMPLETED" if total_steps is not None and _step(told[-1]) >= total_steps else "STOPPED"
 

@@ -232,7 +232,8 @@ def _console() -> Console:
 def _lines(status: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What a human reads, without what is not known."""
     reason = f", {status['reason']}" if status["reason"] else ""
-    by_files = f"; by its files {status['run_state']}" if status["job_is_over"] else ""
+    differs = status["job_is_over"] and status["run_state"] != status["state"]
+    by_files = f"; by its files {status['run_state']}" if differs else ""
     total = status["total_steps"]
     done = f" ({status['step'] / total:.1%})" if total else ""
     fault = status["last_fault"]

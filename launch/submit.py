@@ -20,12 +20,13 @@ from dino_dist.errors import UserError
 from dino_dist.fencing import utc_now
 from dino_dist.run_folder import RunFolder
 from launch import batch_job, snapshot
+from launch.aftermath import SUBMITTED_CONFIG
 from launch.batch_job import BatchJob
 from launch.job_options import JobOptions
 from launch.plan import Plan, index_dir_of, make_plan
 from launch.preflight import check_submission
-from launch.submission import Submission, live_job
-from launch.task import SUBMITTED_CONFIG, TrainTask
+from launch.submission import FILE, Submission, live_job
+from launch.task import TrainTask
 
 _LOCK: Final = "submission.lock"
 _CODE_BEFORE: Final = ".code.before"
@@ -136,6 +137,7 @@ def submit(request: Request) -> list[Submitted]:
             job_ids = batch_job.submit(request.job, [_task(request, run_dir) for run_dir in run_dirs])
             undo.callback(batch_job.cancel, job_ids)
             for job_id, run_dir, code in zip(job_ids, run_dirs, codes, strict=True):
+                undo.callback(_put_back, run_dir / FILE, _content(run_dir / FILE))
                 _record(request, job_id, run_dir, code).write(run_dir)
         undo.pop_all()
         for run_dir in run_dirs:

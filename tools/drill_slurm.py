@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Final
@@ -101,6 +102,8 @@ class SlurmJob:
                 environment = process.environ()
                 parent = process.parent()
                 if environment.get("SLURM_JOB_ID") != self.job_id or "SLURM_PROCID" not in environment:
+                    continue
+                if not _of_this_cluster(environment):
                     continue
                 if parent is None or not parent.name().startswith("slurmstepd"):
                     continue  # a rank's own child
@@ -239,9 +242,14 @@ def _slurmd(node: str) -> psutil.Process:
     for process in psutil.process_iter():
         with gone_is_fine():
             command = process.cmdline()
-            if process.name() == "slurmd" and node in command:
+            if process.name() == "slurmd" and node in command and _of_this_cluster(process.environ()):
                 return process
     raise Unexpected(f"no slurmd of {node} on this machine")
+
+
+def _of_this_cluster(environment: Mapping[str, str]) -> bool:
+    """Another cluster on the same machine has jobs and nodes of the same names."""
+    return environment.get("SLURM_CONF") == psutil.Process().environ().get("SLURM_CONF")
 
 
 def _node_state(node: str) -> str:

@@ -24,12 +24,12 @@ class LabelledFeatures:
     ids_N: Tensor
 
 
-@torch.no_grad()
 def go_on() -> int:
     """For callers whom nothing interrupts."""
     return 0
 
 
+@torch.no_grad()
 def extract(
     model_forward: Callable[[Tensor], Tensor],
     batches: Iterable[Batch],

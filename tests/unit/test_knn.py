@@ -155,6 +155,12 @@ def test_ranks_with_unequal_shares_gather_the_same_features_and_accuracy(size: i
     assert codes == [0] * size
 
 
+def test_features_keep_no_graph() -> None:
+    linear = torch.nn.Linear(3, 2)
+    batch = (torch.ones(2, 3), torch.zeros(2, dtype=torch.int64), torch.arange(2))
+    assert not extract(linear, [batch], World()).features_ND.requires_grad
+
+
 def test_an_id_that_comes_twice_and_no_image_at_all_are_refused() -> None:
     batch = (torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), torch.tensor([5, 5]))
     with pytest.raises(ValueError, match="image id 5 came twice"):

@@ -16,7 +16,7 @@ from dino_dist.config import Config, leaves
 ROOT = Path(__file__).parents[2]
 
 LAYERS = (
-    ("dino_dist", "errors"),
+    ("dino_dist", "errors", "exit_codes"),
     (
         *("durations", "randomness", "losses", "centering", "health", "alarms", "throughput", "progress"),
         *("fencing", "manifest", "models", "slurm", "network_defaults", "rendezvous", "liveness", "stacks"),
@@ -38,11 +38,12 @@ LAYERS = (
         *("launch.run_progress", "launch.snapshot", "launch.submission", "launch.wait"),
     ),
     (
-        *("launch.quickstart", "launch.task", "launch.plan", "launch.cluster_file", "launch.cluster_rules"),
+        *("launch.quickstart", "launch.aftermath", "launch.plan", "launch.cluster_file", "launch.cluster_rules"),
         *("launch.status", "launch.logs", "launch.cancel"),
     ),
-    ("launch.preflight", "launch.batch_job"),
-    ("launch.submit", "launch.doctor"),
+    ("launch.preflight", "launch.task"),
+    ("launch.batch_job", "launch.doctor"),
+    ("launch.submit",),
     ("launch.cli_cluster",),
     ("launch.cli",),
 )

@@ -94,18 +94,25 @@ def test_more_time_given_by_an_administrator_is_taken() -> None:
     ends_s = [time.time() + 100]
     limit = TimeLimit(lambda: ends_s[-1])
     ends_s.append(time.time() + 10_000)
-    assert not limit.is_near(save_s=100, margin_s=30)
-    assert limit.is_near(save_s=6000, margin_s=30)
+    assert not limit.is_near(step_s=0, save_s=100, margin_s=30)
+    assert limit.is_near(step_s=0, save_s=6000, margin_s=30)
 
 
 def test_an_unmeasured_save_takes_at_most_a_quarter_of_a_short_job() -> None:
     end_s = time.time() + 120
     limit = TimeLimit(lambda: end_s)
-    assert not limit.is_near(save_s=None, margin_s=30)
+    assert not limit.is_near(step_s=0, save_s=None, margin_s=30)
+
+
+def test_slow_steps_are_allowed_for() -> None:
+    end_s = time.time() + 100
+    limit = TimeLimit(lambda: end_s)
+    assert not limit.is_near(save_s=1, step_s=10, margin_s=30)
+    assert limit.is_near(save_s=1, step_s=40, margin_s=30)
 
 
 def test_a_job_without_a_limit_never_ends() -> None:
-    assert not TimeLimit(lambda: None).is_near(save_s=1e9, margin_s=30)
+    assert not TimeLimit(lambda: None).is_near(step_s=0, save_s=1e9, margin_s=30)
 
 
 def test_a_controller_that_does_not_answer_changes_nothing() -> None:
@@ -117,7 +124,7 @@ def test_a_controller_that_does_not_answer_changes_nothing() -> None:
             raise SlurmError("unable to contact the controller")
         return answer
 
-    assert TimeLimit(ask).is_near(save_s=100, margin_s=30)
+    assert TimeLimit(ask).is_near(step_s=0, save_s=100, margin_s=30)
 
 
 def test_before_the_first_step_a_word_is_an_exception() -> None:
