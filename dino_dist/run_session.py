@@ -16,6 +16,7 @@ from dino_dist.config_file import differences, to_yaml
 from dino_dist.data.stream import BadRecord
 from dino_dist.dist import ProcessEnvironment, World
 from dino_dist.errors import NoRestartHelps, SaidByRankZero, StopAsked, Superseded, UserError
+from dino_dist.exit_codes import BAD_INPUT, NO_RESTART_HELPS
 from dino_dist.ledger import Event, JsonLines, Ledger, read_rows
 from dino_dist.liveness import Fault
 from dino_dist.manifest import committed
@@ -97,7 +98,7 @@ class RunSession:
         if isinstance(error, Superseded | SaidByRankZero | StopAsked):
             return
         first_line = f"{type(error).__name__}: {error}".split("\n")[0]
-        final = 2 if isinstance(error, UserError) else 4 if isinstance(error, NoRestartHelps) else None
+        final = _exit_code_for_good(error)
         try:
             self._write("fault", step, first_line)
             if final is not None and self._world.is_first:
@@ -202,3 +203,10 @@ def write_config(folder: RunFolder, config: Config) -> None:
     temporary = folder.config.with_suffix(".yaml.tmp")
     temporary.write_text(to_yaml(config), encoding="utf-8")
     temporary.replace(folder.config)
+
+
+def _exit_code_for_good(error: Exception) -> int | None:
+    """The exit code of an error that a restart would not mend; None for others."""
+    if isinstance(error, UserError):
+        return BAD_INPUT
+    return NO_RESTART_HELPS if isinstance(error, NoRestartHelps) else None

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from dino_dist.errors import FailedTogether, NoRestartHelps, RunFailed, SaidByRankZero, Superseded, UserError
+from dino_dist.exit_codes import BAD_INPUT, DONE, FAILED, INTERRUPTED, NO_RESTART_HELPS
 from launch.cli_cluster import cluster_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -203,17 +204,17 @@ def _exit_code(command: Callable[[], Any]) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except SaidByRankZero:
-        return 2
+        return BAD_INPUT
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return BAD_INPUT
     except (RunFailed, Superseded) as error:
         if not isinstance(error, FailedTogether) or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(f"failed: {error}", file=sys.stderr)
-        return 4 if isinstance(error, NoRestartHelps) else 1
+        return NO_RESTART_HELPS if isinstance(error, NoRestartHelps) else FAILED
     except KeyboardInterrupt:
-        return 130
-    return 0
+        return INTERRUPTED
+    return DONE
 
 
 if __name__ == "__main__":

@@ -103,6 +103,19 @@ def test_requeue_fails_under_preemption(
     assert_undisturbed(tmp_path / "run")
 
 
+def test_cancelled_within_the_grace_time_it_stays_gone(cluster: Any, launch: Launch, tmp_path: Path) -> None:
+    """A cancelled job still has the PreemptTime of its preemption, and Slurm would take a requeue."""
+    run = launch(tmp_path / "run", "--setup", broken_requeue(tmp_path, failures=4))  # so that the ranks wait there
+    run.wait_for_step(30)
+    cluster.preempt(1)
+    run.wait_until(lambda: any("Connection refused" in row["why"] for row in run.events("fault")), "refusal")
+    cluster.run("scancel", run.job_id)
+    cluster.wait_for(lambda: run.state() not in ("RUNNING", "COMPLETING", "PENDING"), "end of the job", 60)
+    cluster.wait_for(lambda: not cluster.processes_of_job(run.job_id), "end of its processes", 60)
+    assert run.state() == "CANCELLED"
+    assert not run.events("requeue")
+
+
 def broken_requeue(folder: Path, *, failures: int) -> str:
     """A setup line with which `scontrol requeue` fails so often; all else that scontrol is asked is answered."""
     script = folder / "bin" / "scontrol"
