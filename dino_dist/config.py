@@ -308,7 +308,7 @@ class ParallelSection:
     timeout_start_s: float = _number(1800.0, above=0)
     """Longest wait for another rank before the first step is done (indexing, compiling)."""
     timeout_s: float = _number(300.0, above=0)
-    """Longest wait for another rank afterwards."""
+    """Longest silence or standstill of a rank afterwards: then it is named, and all ranks end."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dino_dist.errors import StopAsked
-from dino_dist.slurm import SlurmError
+from dino_dist.slurm import SlurmError, show_job
 
 _log = logging.getLogger(__name__)
 
@@ -81,6 +81,20 @@ class TimeLimit:
         """On the clock of `time.monotonic()`, which nobody sets."""
         end_s = self._ask()
         return None if end_s is None else end_s - time.time() + time.monotonic()
+
+
+def job_time_limit(job_id: str) -> TimeLimit | None:
+    """When Slurm will end the job; a controller that does not answer now is no reason not to train."""
+
+    def ask() -> float | None:
+        job = show_job(job_id)
+        return None if job is None else job.end_s
+
+    try:
+        return TimeLimit(ask)
+    except SlurmError as error:
+        _log.warning("the job's time limit is not known (%s): only signals stop this run", error)
+        return None
 
 
 class StopSignals:

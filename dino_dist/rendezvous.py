@@ -75,8 +75,8 @@ def meet(
 ) -> Met:
     """Join the other ranks; returns once all are there.
 
-    `poll` is called while waiting and may raise. `RunFailed` after `timeout_s` names the
-    ranks that did not come and the nodes nothing was heard from; `UserError` if the file cannot be written.
+    `poll` is called while waiting and may raise. `RunFailed` after `timeout_s` names the ranks that did not come and
+    the nodes nothing was heard from; `UserError` if the file cannot be written or a given port cannot be served.
     """
     deadline = time.monotonic() + timeout_s
     store_timeout = timedelta(seconds=store_timeout_s)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
@@ -12,6 +12,8 @@ from dino_dist.slurm import SlurmError, requeue, show_job
 
 _DELAYS_S: Final = (0.0, 1.0, 2.0, 4.0)
 """Between tries: a controller that restarts, or is busy with a preemption, answers again soon."""
+_KILL_PATIENCE_S: Final = 900.0
+"""For Slurm to end a job that it preempts; its grace time is usually minutes."""
 _QUEUED: Final = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
 
 
@@ -59,3 +61,11 @@ def ask_for_requeue(job_id: str, *, delays_s: Sequence[float] = _DELAYS_S) -> An
             words = str(error)
     outcome = Outcome.LEFT_TO_SLURM if preempted else Outcome.REFUSED
     return Answer(outcome=outcome, words=f"requeue of job {job_id} failed {len(delays_s)} times: {words}")
+
+
+def wait_for_kill(tick: Callable[[], None]) -> None:
+    """Stay while Slurm preempts the job: one that ends by itself is not requeued. `tick` is called each second."""
+    deadline = time.monotonic() + _KILL_PATIENCE_S
+    while time.monotonic() < deadline:
+        time.sleep(1.0)
+        tick()

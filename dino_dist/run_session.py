@@ -30,12 +30,12 @@ class RunSession:
     """The run folder as this rank may use it during this start."""
 
     def __init__(
-        self, folder: RunFolder, attempt: Attempt, world: World, changes: list[str], job_id: str | None
+        self, folder: RunFolder, attempt: Attempt, world: World, changes: list[str], job_to_requeue: str | None
     ) -> None:
         self.folder = folder
         self.attempt = attempt
-        self.job_id = job_id
-        """Of the Slurm job, if there is one."""
+        self.job_to_requeue = job_to_requeue
+        """The Slurm job that is to run again after a stop; None: there is none, or `run.requeue` is off."""
         self.first_step = 0
         """Steps done when this start began its own."""
         self._world = world
@@ -154,7 +154,7 @@ def open_session(
     number, changes = world.first(begin)
     attempt = owned[0] if owned else folder.join_attempt(number)
     with attempt:
-        yield RunSession(folder, attempt, world, changes, environment.job_id)
+        yield RunSession(folder, attempt, world, changes, environment.job_id if config.run.requeue else None)
 
 
 @contextmanager

@@ -3,37 +3,18 @@
 from __future__ import annotations
 
 import logging
-import time
 
 from dino_dist.dist import World
 from dino_dist.errors import FailedTogether, StopAsked
 from dino_dist.exit_codes import FAILED, INTERRUPTED, STOPPED
 from dino_dist.liveness import Pulse
-from dino_dist.preemption import SAVE_AND_EXIT, SAVE_AND_REQUEUE, StopReason, TimeLimit
-from dino_dist.requeue import Answer, Outcome, ask_for_requeue
+from dino_dist.preemption import SAVE_AND_EXIT, SAVE_AND_REQUEUE, StopReason
+from dino_dist.requeue import Answer, Outcome, ask_for_requeue, wait_for_kill
 from dino_dist.resume import save
 from dino_dist.run import Run
 from dino_dist.run_session import RunSession
-from dino_dist.slurm import SlurmError, show_job
 
 _log = logging.getLogger(__name__)
-
-_PATIENCE_S = 900.0
-"""For Slurm to end a job that it preempts; its grace time is usually minutes."""
-
-
-def job_time_limit(job_id: str) -> TimeLimit | None:
-    """When Slurm will end the job; a controller that does not answer now is no reason not to train."""
-
-    def ask() -> float | None:
-        job = show_job(job_id)
-        return None if job is None else job.end_s
-
-    try:
-        return TimeLimit(ask)
-    except SlurmError as error:
-        _log.warning("the job's time limit is not known (%s): only signals stop this run", error)
-        return None
 
 
 def stop_early(run: Run, word: int) -> int:
@@ -45,18 +26,13 @@ def stop_early(run: Run, word: int) -> int:
         if word == SAVE_AND_EXIT:  # nobody is to bring it back for that
             run.session.ledger_row("stop", run.steps_done, failed, exit_code=FAILED)
         raise FailedTogether(failed)
-    return leave_together(run.world, run.session, word, _job_to_requeue(run), run.steps_done, run.pulse)
+    return leave_together(run.world, run.session, word, run.steps_done, run.pulse)
 
 
-def stop_at_start(world: World, session: RunSession, asked: StopAsked, job_id: str | None, pulse: Pulse) -> int:
-    """Leave, on all ranks alike, before there is anything new to save; returns the exit code."""
-    return leave_together(world, session, asked.word, job_id, session.first_step, pulse)
-
-
-def leave_together(world: World, session: RunSession, word: int, job_id: str | None, step: int, pulse: Pulse) -> int:
-    """Ask for another run if the word says so, enter into the ledger what came of it, and leave; the exit code."""
+def leave_together(world: World, session: RunSession, word: int, step: int, pulse: Pulse) -> int:
+    """Leave on all ranks alike, with everything saved, and see to another run if the word says so; the exit code."""
     pulse.enter("leaving", step)
-    answer = world.first(lambda: another_run(session, word, job_id, step))
+    answer = world.first(lambda: another_run(session, word, step))
     if world.is_first:
         _log.warning("stopped at step %d, saved; %s", step, in_words(answer))
     world.barrier()  # srun ends the others when the first has gone
@@ -81,11 +57,12 @@ def stop_before_meeting(asked: StopAsked, reason: StopReason | None, job_id: str
     return leave(answer)
 
 
-def another_run(session: RunSession, word: int, job_id: str | None, step: int) -> Answer | None:
+def another_run(session: RunSession, word: int, step: int) -> Answer | None:
     """On rank 0: ask for another run if the word says so, and enter into the ledger what came of it.
 
     None: nobody asks for one, or there is no job that could be requeued.
     """
+    job_id = session.job_to_requeue
     answer = ask_for_requeue(job_id) if word == SAVE_AND_REQUEUE and job_id is not None else None
     if answer is None:
         session.ledger_row("stop", step, "stopped early, everything saved", exit_code=STOPPED)
@@ -113,13 +90,5 @@ def leave(answer: Answer | None, pulse: Pulse | None = None) -> int:
     if answer is None or answer.outcome not in (Outcome.REFUSED, Outcome.LEFT_TO_SLURM):
         return STOPPED
     if answer.outcome is Outcome.LEFT_TO_SLURM:
-        deadline = time.monotonic() + _PATIENCE_S
-        while time.monotonic() < deadline:
-            time.sleep(1.0)
-            if pulse is not None:
-                pulse.tick()
+        wait_for_kill(lambda: None if pulse is None else pulse.tick())
     raise FailedTogether(f"everything is saved, but there is no other run of the job: {answer.words}")
-
-
-def _job_to_requeue(run: Run) -> str | None:
-    return run.session.job_id if run.config.run.requeue else None

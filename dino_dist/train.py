@@ -24,13 +24,13 @@ from dino_dist.evaluate import cls_forward, decode_rules, fixed_images
 from dino_dist.exit_codes import DONE
 from dino_dist.health import center_norm
 from dino_dist.liveness import Limits, Pulse
-from dino_dist.preemption import GO_ON, AgreedWord, StopSignals
+from dino_dist.preemption import GO_ON, AgreedWord, StopSignals, job_time_limit
 from dino_dist.resume import restore, save
 from dino_dist.run import Run, build_run, loader
 from dino_dist.run_session import RunSession, open_session
 from dino_dist.schedules import StepSettings
 from dino_dist.step import StepResult
-from dino_dist.stopping import job_time_limit, stop_at_start, stop_before_meeting, stop_early
+from dino_dist.stopping import leave_together, stop_before_meeting, stop_early
 from dino_dist.watchdog import Watchdog
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
@@ -92,8 +92,7 @@ def train_in(
                         return loop(run, batches)
         except StopAsked as asked:  # while the data were indexed, or just before the first step
             session.signal_row(session.first_step, signals.reason)
-            job_id = environment.job_id if config.run.requeue else None
-            return stop_at_start(world, session, asked, job_id, pulse)
+            return leave_together(world, session, asked.word, session.first_step, pulse)
 
 
 def watchdog(world: World, config: Config, pulse: Pulse, session: RunSession) -> Watchdog:

@@ -19,7 +19,7 @@ from dino_dist.errors import Superseded, UserError
 from dino_dist.exit_codes import BAD_INPUT, DONE, FAILED, INTERRUPTED, NO_RESTART_HELPS, STOPPED
 from dino_dist.ledger import Event, Ledger, read_rows
 from dino_dist.manifest import committed
-from dino_dist.requeue import Answer, Outcome, ask_for_requeue
+from dino_dist.requeue import Answer, Outcome, ask_for_requeue, wait_for_kill
 from dino_dist.run_folder import RunFolder
 from dino_dist.slurm import Job, SlurmError, expand, run_slurm, show_job
 from launch.faulty_hosts import repeat_offenders
@@ -100,6 +100,9 @@ def tell_answer(folder: RunFolder, answer: Answer, why: str, *, after_crash: boo
     """Enter what Slurm said to the wish for another run; the exit code of the job."""
     if answer.outcome is Outcome.REQUEUED:
         enter(folder, "requeue", f"{why}: {answer.words}", after_crash=after_crash)
+    elif answer.outcome is Outcome.LEFT_TO_SLURM:
+        enter(folder, "fault", f"{why}: {answer.outcome.value} ({answer.words})")
+        wait_for_kill(lambda: None)
     else:
         enter(folder, "stop", f"{why}: {answer.outcome.value} ({answer.words})", exit_code=FAILED)
     return FAILED if after_crash else STOPPED

@@ -127,7 +127,7 @@ class SlurmJob:
         return f"job {self.job_id} is {'forgotten' if state is None else state.state} and will not run again"
 
     def abandon(self) -> list[psutil.Process]:
-        raise NotImplementedError("Slurm knows its jobs: take the node away")
+        raise Unexpected("Slurm knows its jobs: take the node away")
 
     def output(self) -> str:
         folder = self.story.folder
