@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from dino_dist.data.loader import Batch
-from dino_dist.data.stream import BadRecord
+from dino_dist.data.loading.loader import Batch
+from dino_dist.data.reading.stream import BadRecord
 from dino_dist.errors import NoRestartHelps, UserError
 from dino_dist.preemption import GO_ON, SAVE_AND_EXIT, SAVE_AND_REQUEUE
 from dino_dist.run import Run
@@ -71,7 +71,7 @@ def count_skipped(run: Run, step: int, accepted: bool) -> None:
         return
     run.skipped_steps += 1
     batch_size = run.config.train.batch_size
-    _, sample_ids = run.order.ids((step - 1) * batch_size, step * batch_size)
+    sample_ids = run.order.ids((step - 1) * batch_size, step * batch_size).sample_ids
     why = f"loss or gradient not finite at step {step}: weights, center and teacher left as they were"
     run.session.ledger_row("fault", step, why, sample_ids=sample_ids.tolist())
     run.monitor.say(why)
@@ -87,7 +87,7 @@ def count_bad_samples(run: Run, step: int, new: int) -> None:
     if not new:
         return
     run.bad_samples += new
-    seen = max(run.dataset.num_samples, step * run.config.train.batch_size)
+    seen = max(run.training_set.num_samples, step * run.config.train.batch_size)
     share = run.config.data.max_bad_fraction
     if run.bad_samples > share * seen:
         with said_by_rank_zero(run.world):

@@ -1,18 +1,15 @@
-"""Every setting of a run: the typed schema, the only home of defaults, and the checks that need nothing but the config.
+"""Every setting of a run: the typed schema, and the only home of defaults.
 
 Sizes of the paper's recipes live in `configs/`; defaults here are those of the published code (arXiv:2104.14294 and its
-public implementation) for a ViT-S/16, except where a comment says otherwise. `config_file.py` reads and merges files.
+public implementation) for a ViT-S/16, except where a comment says otherwise. `config_file.py` reads and merges files,
+`config_checks.py` refuses what cannot work.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
-
-from dino_dist.durations import Duration
-from dino_dist.errors import UserError
 
 
 def _number(default: float, **limits: float) -> Any:
@@ -50,15 +47,16 @@ class DataSection:
     """WebDataset tar shards and how they are read."""
 
     train: str = ""
-    """A folder of .tar shards, a brace or glob pattern, or a manifest; indexed on first use."""
+    """A folder of .tar shards, a brace or glob pattern, a manifest, a URL of these (http, https, s3, gs), or a mixture
+    file (.yaml); indexed on first use, which reads it once (`dino-dist shards index` does so before)."""
     eval_train: str | None = None
     """Labelled shards whose features vote in k-NN; null: no k-NN."""
     eval_test: str | None = None
     """Labelled shards that k-NN classifies; null: no k-NN."""
     num_workers: int = _number(4, at_least=0)
-    """Decoding processes a rank; 0 decodes in the training process."""
-    prefetch_steps: int = _number(2, at_least=1)
-    """Batches each worker holds ready: bounds memory."""
+    """Decoding threads of a rank, in a process beside it; 0 decodes in the training process."""
+    buffer_mib: int = _number(512, at_least=1)
+    """Decoded images a rank holds ready, at most; reading waits while it is full. An evaluation takes as much again."""
     shards_per_block: int = _number(16, at_least=1)
     """Samples are shuffled within blocks of this many shuffled shards; larger is more random, smaller seeks less."""
     max_bad_fraction: float = _number(0.001, **_PROBABILITY)
@@ -67,6 +65,21 @@ class DataSection:
     """Larger files in a shard are refused before they are read."""
     max_image_mpx: float = _number(100.0, above=0)
     """Larger images (megapixels) are refused before they are decoded."""
+    dct_scale_min_px: int | None = field(default=None, metadata={"at_least": 1})
+    """Decode large JPEGs at 1/2, 1/4 or 1/8 of their size, as long as the short side keeps this many px. It saves time
+    and memory and changes pixels; null: never."""
+    cache_dir: str | None = None
+    """Folder on a disk of the node that keeps shards from a URL, for all ranks and jobs there; null: no copy, each
+    sample is a request."""
+    cache_gib: float = _number(200.0, above=0)
+    """The cache's size, best above two blocks of shards; those not used for longest go first."""
+    cache_ahead_shards: int = _number(16, at_least=0)
+    """Shards fetched into the cache before they are needed; a block is read from all its shards at once, so fewer than
+    `shards_per_block` make each block begin with a wait."""
+    store_attempts: int = _number(8, at_least=1)
+    """Times a request to a store is made, with growing pauses, before the run stops."""
+    store_timeout_s: float = _number(30.0, above=0, at_most=3600)
+    """Longest time of one request; with `store_attempts` it should stay below `parallel.timeout_s`."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Subtracted from RGB in [0, 1] (ImageNet's)."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -116,8 +129,14 @@ class HeadSection:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentSection:
-    """Multi-crop (arXiv:2104.14294, appendix E; order and ranges of the published code)."""
+    """Multi-crop (arXiv:2104.14294, appendix E; order and ranges of the published code).
 
+    Defaults are those of `preset: dino_v1`; another preset (`augment_presets.py`) replaces them, and whatever is given
+    beside it replaces the preset's.
+    """
+
+    preset: Literal["dino_v1", "dinov2_as_trained", "dinov2_as_intended", "dinov3"] = "dino_v1"
+    """The published pipeline whose probabilities and ranges the fields below start from."""
     global_px: int = _number(224, at_least=1)
     """Side of the two global crops."""
     local_px: int = _number(96, at_least=1)
@@ -128,6 +147,8 @@ class AugmentSection:
     """Share of the image's area a global crop covers."""
     local_scale: tuple[float, float] = _interval(0.05, 0.4)
     """Share of the image's area a local crop covers."""
+    aspect_ratio: tuple[float, float] = _interval(3 / 4, 4 / 3)
+    """Width over height of a crop (torchvision's default, which all published code keeps)."""
     flip_p: float = _number(0.5, **_PROBABILITY)
     """Horizontal flip."""
     jitter_p: float = _number(0.8, **_PROBABILITY)
@@ -142,6 +163,8 @@ class AugmentSection:
     """Shift from [-x, x] of a full turn."""
     gray_p: float = _number(0.2, **_PROBABILITY)
     """Grayscale."""
+    blur_filter: Literal["box3", "taps9"] = "box3"
+    """box3: PIL's GaussianBlur, three boxes, as DINO; taps9: torchvision's, 9 taps, as DINOv2 and DINOv3 (weaker)."""
     blur_global_1_p: float = _number(1.0, **_PROBABILITY)
     """Gaussian blur of the first global crop."""
     blur_global_2_p: float = _number(0.1, **_PROBABILITY)
@@ -152,6 +175,12 @@ class AugmentSection:
     """Range of the blur's radius (PIL's word for sigma)."""
     solarize_global_2_p: float = _number(0.2, **_PROBABILITY)
     """Invert bright pixels of the second global crop."""
+    share_jitter: bool = False
+    """Jitter and grayscale once on the whole image instead of on each crop (DINOv3's share_color_jitter)."""
+    teacher_sees_colors: bool = True
+    """false: the teacher's global crops are cut and mirrored only (DINOv3's teacher_no_color_jitter)."""
+    quantize: Literal["none", "uint8"] = "none"
+    """uint8: round after each operation, as torchvision does on uint8 pictures; none: round nowhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +214,7 @@ class TrainSection:
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
     """Of the compute; master weights stay fp32. auto: bf16 on GPUs that have it, else fp32. fp64 is for proofs."""
     compile: bool = False
-    """torch.compile, block by block."""
+    """torch.compile, block by block; on CUDA the rendering of crops too."""
     deterministic: bool = False
     """Refuse operations that are not repeatable to the last bit (on CPU nothing needs refusing)."""
     non_finite_patience: int = _number(5, at_least=1)
@@ -336,7 +365,9 @@ MAY_CHANGE_ON_RESUME = (
         "run.requeue",
         "run.max_idle_restarts",
         "data.num_workers",
-        "data.prefetch_steps",
+        "data.buffer_mib",
+        "data.cache_",
+        "data.store_",
         "data.eval_",
         "train.accumulate",
     ),
@@ -351,113 +382,3 @@ def leaves(config: Config) -> Iterator[tuple[str, Any, dict[str, Any]]]:
         values = getattr(config, section.name)
         for item in fields(values):
             yield f"{section.name}.{item.name}", getattr(values, item.name), dict(item.metadata)
-
-
-def check(config: Config) -> None:
-    """Raise `UserError` for a value out of range or a combination that cannot work at any world size."""
-    for key, value, limits in leaves(config):
-        _check_leaf(key, value, limits)
-    _check_sizes(config)
-    if not config.data.train:
-        raise UserError(
-            "data.train is missing: give a folder of .tar shards, a pattern or a manifest (data.train=PATH)"
-        )
-    if (config.data.eval_train is None) != (config.data.eval_test is None):
-        raise UserError("data.eval_train and data.eval_test go together: give both or neither")
-    if config.head.batch_norm and config.train.accumulate > 1:
-        raise UserError(
-            f"head.batch_norm=true cannot go with train.accumulate={config.train.accumulate}: its statistics need the "
-            "whole batch at once; set train.accumulate=1"
-        )
-    if config.train.accumulate > config.train.batch_size:
-        raise UserError(
-            f"train.accumulate={config.train.accumulate} is more than train.batch_size={config.train.batch_size} images"
-        )
-
-
-def check_for_world(config: Config, local_sizes: Sequence[int], local_ranks: Sequence[int] | None = None) -> None:
-    """Raise `UserError` if the config cannot run on these ranks.
-
-    `local_sizes`: of each rank, how many share its node; `local_ranks`: its number among them, where that is known.
-    """
-    size = len(local_sizes)
-    parallel, batch_size = config.parallel, config.train.batch_size
-    if size > batch_size:
-        raise UserError(f"{size} ranks for train.batch_size={batch_size} images a step: use at most {batch_size} ranks")
-    if batch_size // size < config.train.accumulate:
-        raise UserError(
-            f"train.accumulate={config.train.accumulate} needs as many images a rank, but {size} ranks share "
-            f"train.batch_size={batch_size}: some get {batch_size // size}; accumulate less or use fewer ranks"
-        )
-    if parallel.strategy == "none" and size > 1:
-        raise UserError(f"parallel.strategy=none is for one rank, not {size}: use fsdp, hsdp, ddp or oss")
-    if parallel.strategy == "hsdp":
-        if size == 1:
-            raise UserError("parallel.strategy=hsdp needs at least two ranks: use fsdp or none on one")
-        if parallel.replicate and size % parallel.replicate:
-            raise UserError(f"parallel.replicate={parallel.replicate} does not divide {size} ranks into equal groups")
-        if not parallel.replicate and (len(set(local_sizes)) > 1 or local_sizes[0] == size):
-            nodes = "one node" if local_sizes[0] == size else "nodes with unequal numbers of ranks"
-            raise UserError(f"parallel.strategy=hsdp on {nodes} needs parallel.replicate=N: the number of replicas")
-        in_turn = local_ranks and [*local_ranks] != [rank % local_sizes[0] for rank in range(size)]
-        if not parallel.replicate and in_turn:
-            raise UserError(
-                "parallel.strategy=hsdp shards among neighbouring ranks, which Slurm has dealt out to different nodes: "
-                "start them with srun --distribution=block"
-            )
-    elif parallel.replicate:
-        raise UserError(
-            f"parallel.replicate={parallel.replicate} is for hsdp, not parallel.strategy={parallel.strategy}"
-        )
-
-
-def _check_leaf(key: str, value: Any, limits: dict[str, Any]) -> None:
-    if value is None:
-        return
-    if limits.get("duration"):
-        try:
-            Duration.parse(value)
-        except UserError as error:
-            raise UserError(f"{key}: {error}") from None
-    if limits.get("interval") and not 0 < value[0] <= value[1]:
-        raise UserError(f"{key}={list(value)}: give [smallest, largest] with 0 < smallest <= largest")
-    numbers = value if isinstance(value, tuple) else (value,)
-    if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
-        raise UserError(f"{key}={value} is out of range: give finite numbers")
-    bounds = {name: limits[name] for name in ("at_least", "above", "at_most", "below") if limits.get(name) is not None}
-    inside = {
-        "at_least": lambda bound: value >= bound,
-        "above": lambda bound: value > bound,
-        "below": lambda bound: value < bound,
-        "at_most": lambda bound: value <= bound,
-    }
-    if not all(inside[name](bound) for name, bound in bounds.items()):
-        allowed = " and ".join(f"{name.replace('_', ' ')} {bound:g}" for name, bound in bounds.items())
-        raise UserError(f"{key}={value} is out of range: it must be {allowed}")
-
-
-def _check_sizes(config: Config) -> None:
-    patch, augment = config.model.patch_size, config.augment
-    for key, side in (
-        ("augment.global_px", augment.global_px),
-        ("augment.local_px", augment.local_px),
-        ("eval.crop_px", config.eval.crop_px),
-    ):
-        if side % patch and (key != "augment.local_px" or augment.local_crops):
-            near = max(patch, round(side / patch) * patch)
-            raise UserError(f"model.patch_size={patch} does not divide {key}={side}: use {near}, for example")
-    if config.eval.crop_px > config.eval.resize_px:
-        raise UserError(f"eval.crop_px={config.eval.crop_px} is larger than eval.resize_px={config.eval.resize_px}")
-    for key in ("embed_dim", "depth", "num_heads"):
-        value = getattr(config.model, key)
-        if value is not None and value < 1:
-            raise UserError(f"model.{key}={value} is out of range: it must be at least 1")
-    if not config.eval.knn_k or min(config.eval.knn_k) < 1:
-        raise UserError(
-            f"eval.knn_k={list(config.eval.knn_k)}: give one or more numbers of neighbours, each at least 1"
-        )
-    if min(config.data.std) <= 0:
-        raise UserError(f"data.std={list(config.data.std)} is out of range: each must be above 0")
-    for key, interval in (("global_scale", augment.global_scale), ("local_scale", augment.local_scale)):
-        if interval[1] > 1:
-            raise UserError(f"augment.{key}={list(interval)}: a crop cannot cover more than 1.0 of the image")

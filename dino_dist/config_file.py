@@ -12,8 +12,13 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from dino_dist.config import MAY_CHANGE_ON_RESUME, Config, check, leaves
+from dino_dist.augment_presets import AUGMENT_PRESETS
+from dino_dist.config import MAY_CHANGE_ON_RESUME, Config, leaves
+from dino_dist.config_checks import check
 from dino_dist.errors import UserError
+
+_Source = tuple[str, DictConfig]
+"""Where settings come from, for messages, and the settings."""
 
 
 def recipe_path(name: str) -> Path:
@@ -43,14 +48,18 @@ def _recipe_folders() -> list[Path]:
 
 
 def load_config(name: str | None, overrides: Sequence[str] = ()) -> Config:
-    """Merge schema <- recipe or file <- overrides, check it; `UserError` names the key and what is allowed."""
-    sources: list[tuple[str, DictConfig]] = []
+    """Merge schema <- recipe or file <- overrides, check it; `UserError` names the key and what is allowed.
+
+    An `augment.preset` replaces what comes before it: one in the file the schema's values, one among the overrides the
+    file's too. What stands beside it, in any order, replaces the preset's values.
+    """
+    file: list[_Source] = []
     if name is not None:
         path = recipe_path(name)
-        sources.append((str(path), _read_yaml(path)))
-    sources += [(text if text.isprintable() else repr(text), _read_override(text)) for text in overrides]
+        file = [(str(path), _read_yaml(path))]
+    given = [(text if text.isprintable() else repr(text), _read_override(text)) for text in overrides]
     merged: Any = OmegaConf.structured(Config)
-    for origin, source in sources:
+    for origin, source in [*_preset(file), *file, *_preset(given), *given]:
         _refuse_resolvers(source)
         try:
             merged = OmegaConf.merge(merged, source)
@@ -62,6 +71,13 @@ def load_config(name: str | None, overrides: Sequence[str] = ()) -> Config:
     assert isinstance(config, Config)
     check(config)
     return config
+
+
+def _preset(sources: list[_Source]) -> list[_Source]:
+    """The values of the preset that one of `sources` names, if one does; an unknown one is refused where it stands."""
+    names = [OmegaConf.select(source, "augment.preset") for _, source in sources]
+    known = [name for name in names if isinstance(name, str) and name in AUGMENT_PRESETS]
+    return [(known[-1], OmegaConf.create({"augment": dict(AUGMENT_PRESETS[known[-1]])}))] if known else []
 
 
 def to_plain(config: Config) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 
 from dino_dist.errors import SaidByRankZero, StopAsked, UserError
 from dino_dist.network_defaults import network_defaults
-from dino_dist.rendezvous import Meeting, Met, meet, nothing_to_poll
+from dino_dist.polling import Poll, nothing_to_poll
+from dino_dist.rendezvous import Meeting, Met, meet
 from dino_dist.slurm import SlurmError, expand, node_address, own_job_id
 
 T = TypeVar("T")
@@ -217,7 +218,7 @@ def joined_world(
     run_dir: Path | None = None,
     device: str = "auto",
     deterministic: bool = False,
-    poll: Callable[[], None] = nothing_to_poll,
+    poll: Poll = nothing_to_poll,
 ) -> Iterator[World]:
     """Join the other ranks, yield this rank's `World`, leave again.
 

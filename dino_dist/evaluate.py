@@ -4,34 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dino_dist.config import Config, DataSection
-from dino_dist.data.augment import resize_for_eval
-from dino_dist.data.decode import DecodeRules
-from dino_dist.data.index import DatasetIndex, open_dataset
-from dino_dist.data.loader import Batch, StepReader, make_loader
-from dino_dist.data.order import Order
-from dino_dist.data.stream import SampleReader
+from dino_dist.config import Config
+from dino_dist.data.crops.augment import resize_for_eval
+from dino_dist.data.loading.batch import Batch
+from dino_dist.data.loading.loader import make_loader, read_batch
+from dino_dist.data.order.order import Order
+from dino_dist.data.reading.stream import SampleReader
 from dino_dist.dist import World
 from dino_dist.errors import StopAsked
 from dino_dist.eval.features import LabelledFeatures, extract, go_on
 from dino_dist.eval.knn import KnnAccuracy, knn_accuracy
+from dino_dist.inputs import labelled_set, sample_reader
 from dino_dist.models.dino import DinoNetwork
 
 Forward = Callable[[Tensor], Tensor]
 Autocast = Callable[[], AbstractContextManager[None]]
-
-
-def decode_rules(data: DataSection) -> DecodeRules:
-    """The limits of the config for members and images."""
-    return DecodeRules(
-        max_member_bytes=int(data.max_member_mib * 2**20), max_pixels=int(data.max_image_mpx * 1_000_000)
-    )
 
 
 def cls_forward(network: DinoNetwork, autocast: Autocast = nullcontext) -> Forward:
@@ -63,8 +57,13 @@ class Evaluator:
         self._config = config
         self._world = world
         self._stop_word = stop_word
-        self._train = world.first(lambda: open_dataset(train, fallback_dir=index_dir, poll=self._stop_if_asked))
-        self._test = world.first(lambda: open_dataset(test, fallback_dir=index_dir, poll=self._stop_if_asked))
+        # For good: a reader holds open files, which are not to be opened again at each evaluation.
+        self._readers = {
+            split: sample_reader(
+                world.first(partial(labelled_set, spec, config.data, index_dir, self._stop_if_asked)), config.data
+            )
+            for split, spec in (("train", train), ("test", test))
+        }
 
     def knn(self, forward: Forward) -> tuple[dict[int, KnnAccuracy], LabelledFeatures]:
         """Accuracy for each `eval.knn_k`, and the test features, the same on all ranks; a collective."""
@@ -83,8 +82,7 @@ class Evaluator:
 
     def features(self, forward: Forward, split: str) -> LabelledFeatures:
         """Features of one split (`train` or `test`), ordered by sample id; a collective."""
-        dataset = self._train if split == "train" else self._test
-        return extract(forward, self._batches(dataset), self._world, self._stop_word)
+        return extract(forward, self._batches(self._readers[split]), self._world, self._stop_word)
 
     def _stop_if_asked(self) -> None:
         if self._stop_word():
@@ -92,27 +90,26 @@ class Evaluator:
 
     def images(self, sample_ids: list[int]) -> Tensor:
         """Some test images as evaluation sees them: normalised [n, 3, C, C] on the device."""
-        reader = SampleReader(dataset=self._test, rules=decode_rules(self._config.data))
-        return fixed_images(reader, sample_ids, self._config, self._world.device)
+        return fixed_images(self._readers["test"], sample_ids, self._config, self._world.device)
 
-    def _batches(self, dataset: DatasetIndex) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _batches(self, reader: SampleReader) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """This rank's part: whole batches through the loader's workers, then its share of the rest."""
-        config, world = self._config, self._world
-        reader = SampleReader(dataset=dataset, rules=decode_rules(config.data))
+        config, world, dataset = self._config, self._world, reader.dataset
         order = Order(shard_counts=dataset.shard_counts, seed=0, shards_per_block=1)
         batch_size = min(config.eval.batch_size * world.size, dataset.num_samples)
         full_steps = dataset.num_samples // batch_size
         if full_steps and batch_size >= world.size:
             loader = make_loader(
-                reader,
-                order,
+                reader=reader,
+                order=order,
                 batch_size=batch_size,
                 rank=world.rank,
                 size=world.size,
                 start_step=0,
                 stop_step=full_steps,
                 num_workers=config.data.num_workers,
-                prefetch=config.data.prefetch_steps,
+                buffer_bytes=config.data.buffer_mib * 2**20,
+                device=world.device,
             )
             for (batch,) in loader:
                 yield self._prepared(batch)
@@ -120,13 +117,12 @@ class Evaluator:
             full_steps = 0
         rest = range(full_steps * batch_size, dataset.num_samples)[world.rank :: world.size]
         for position in rest:
-            single = StepReader(reader=reader, order=order, batch_size=1, rank=0, size=1, accumulate=1, describe=None)
-            yield self._prepared(single.read_step(position)[0])
+            yield self._prepared(read_batch(reader, order.ids(position, position + 1), device=world.device))
 
     def _prepared(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         section, data = self._config.eval, self._config.data
         images = resize_for_eval(
-            batch.pixels.to(self._world.device),
+            batch.pixels,
             batch.sizes,
             resize_px=section.resize_px,
             crop_px=section.crop_px,

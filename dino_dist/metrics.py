@@ -38,6 +38,14 @@ _GROUPS: Mapping[str, tuple[str, ...]] = {
         "skipped_steps",
         "bad_samples",
     ),
+    "store": (
+        "rank0_store_retries",
+        "rank0_store_read_gib",
+        "rank0_cache_hits",
+        "rank0_cache_fills",
+        "rank0_cache_evictions",
+        "rank0_uncached_reads",
+    ),
     "speed": ("images_per_s", "data_wait", "step_s", "peak_memory_gib", "host_memory_gib", "save_s"),
 }
 _EVENT_FILE_PREFIX = "events.out.tfevents."

@@ -43,6 +43,7 @@ class Purpose(IntEnum):
     PERMUTATION = 6
     MASK = 7
     SPLIT = 8
+    MIXTURE = 9
 
 
 def philox_words(key: tuple[int | Words, int | Words], counters: Words) -> Words:
@@ -86,21 +87,25 @@ def sample_words(
     *,
     purpose: Purpose,
     num_words: int,
+    replicas: int | NDArray[np.int64] = 0,
 ) -> Words:
-    """The first `num_words` words of the draw of each (epoch, sample id, view); uint32 [n, num_words].
+    """The first `num_words` words of the draw of each (epoch, sample id, replica, view); uint32 [n, num_words].
 
-    `epochs` and `sample_ids` are [n], `views` one number or [n]. Asking for more words never changes the first ones.
+    `epochs` and `sample_ids` are [n], `views` and `replicas` (repeats of a sample within an epoch) one number or [n].
+    Asking for more words never changes the first ones.
     """
     _check_seed(seed)
     if not 0 < num_words <= _MAX_WORDS:
         raise ValueError(f"num_words={num_words} must be 1..{_MAX_WORDS}")
     epochs = _in_range("epoch", np.asarray(epochs, dtype=np.int64), 2**32)
     views = _in_range("view", np.broadcast_to(np.asarray(views, dtype=np.int64), epochs.shape), 2**8)
+    replicas = _in_range("replica", np.broadcast_to(np.asarray(replicas, dtype=np.int64), epochs.shape), 2**32)
     ids = _in_range("sample id", np.asarray(sample_ids, dtype=np.int64), 2**63)
     num_blocks = -(-num_words // 4)
     blocks = np.arange(num_blocks, dtype=np.int64)
     counters = np.zeros((len(ids), num_blocks, 4), dtype=np.uint32)
     counters[:, :, 0] = (blocks | (views << 8)[:, None]) | (int(purpose) << 16)
+    counters[:, :, 1] = replicas[:, None]
     counters[:, :, 2] = (ids & 0xFFFFFFFF)[:, None]
     counters[:, :, 3] = (ids >> 32)[:, None]
     epoch_key = np.repeat(epochs, num_blocks).astype(np.uint32)
@@ -136,10 +141,18 @@ def permutation(n: int, *, key: tuple[int, int], stream: int) -> NDArray[np.int6
 
 
 def drop_path_uniforms(
-    seed: int, epochs: NDArray[np.int64], sample_ids: NDArray[np.int64], view: int, depth: int
+    seed: int,
+    epochs: NDArray[np.int64],
+    sample_ids: NDArray[np.int64],
+    view: int,
+    depth: int,
+    *,
+    replicas: int | NDArray[np.int64] = 0,
 ) -> NDArray[np.float64]:
     """Uniforms of stochastic depth: float64 [n, depth, 2], for the attention and the MLP branch of each block."""
-    words = sample_words(seed, epochs, sample_ids, view, purpose=Purpose.DROP_PATH, num_words=2 * depth)
+    words = sample_words(
+        seed, epochs, sample_ids, view, purpose=Purpose.DROP_PATH, num_words=2 * depth, replicas=replicas
+    )
     return uniform(words).reshape(len(words), depth, 2)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from dino_dist.errors import FailedTogether, RunFailed, UserError
+from dino_dist.polling import Poll, nothing_to_poll
 
 _log = logging.getLogger(__name__)
 
@@ -55,10 +56,6 @@ class Meeting:
     """Nodes that ranks were started on, where that is known."""
 
 
-def nothing_to_poll() -> None:
-    """For callers whom nothing interrupts."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Met:
     """What the ranks of a start share once all are there."""
@@ -70,9 +67,7 @@ class Met:
     """Makes a connection of its own to the store: one that is in a call is locked."""
 
 
-def meet(
-    meeting: Meeting, *, timeout_s: float, store_timeout_s: float, poll: Callable[[], None] = nothing_to_poll
-) -> Met:
+def meet(meeting: Meeting, *, timeout_s: float, store_timeout_s: float, poll: Poll = nothing_to_poll) -> Met:
     """Join the other ranks; returns once all are there.
 
     `poll` is called while waiting and may raise. `RunFailed` after `timeout_s` names the ranks that did not come and
@@ -127,9 +122,7 @@ def publish(file: Path, content: dict[str, Any]) -> None:
         ) from error
 
 
-def _connect(
-    meeting: Meeting, deadline: float, store_timeout: timedelta, poll: Callable[[], None]
-) -> tuple[TCPStore, str, int]:
+def _connect(meeting: Meeting, deadline: float, store_timeout: timedelta, poll: Poll) -> tuple[TCPStore, str, int]:
     last = f"rank 0 has not said in {meeting.file} where it is" if meeting.file else "no try yet"
     while time.monotonic() < deadline:
         poll()
@@ -159,7 +152,7 @@ def _published(meeting: Meeting) -> tuple[str, int] | None:
         return None
 
 
-def _roll_call(meeting: Meeting, store: Store, deadline: float, timeout_s: float, poll: Callable[[], None]) -> None:
+def _roll_call(meeting: Meeting, store: Store, deadline: float, timeout_s: float, poll: Poll) -> None:
     """All ranks return, or all raise: rank 0 counts and tells the others."""
     try:
         store.set(f"arrived/{meeting.rank}", meeting.host)
@@ -192,7 +185,7 @@ def _dismiss(meeting: Meeting, store: Store) -> None:
     time.sleep(_POLL_S)  # their last call is answered
 
 
-def _wait_for_all(meeting: Meeting, store: Store, deadline: float, poll: Callable[[], None]) -> list[int]:
+def _wait_for_all(meeting: Meeting, store: Store, deadline: float, poll: Poll) -> list[int]:
     """Ranks that have not come before the deadline."""
     missing = list(range(meeting.size))
     remind_at = time.monotonic() + _REMIND_AFTER_S

@@ -38,8 +38,8 @@ def state(run: Run) -> dict[str, Any]:
         "alarms": run.monitor.watch.state_dict(),
         "optimizer_groups": group_settings(run.step.update.outer),  # for readers: a resumed run takes its schedules'
         "config": to_plain(run.config),
-        "dataset_hash": run.dataset.hash,
-        "dataset_samples": run.dataset.num_samples,
+        "dataset_hash": run.training_set.hash,
+        "dataset_samples": run.training_set.num_samples,
         "world_size": run.world.size,
         "versions": {"dino_dist": __version__, "torch": torch.__version__},
     }
@@ -62,10 +62,10 @@ def load(run: Run, choice: VerifiedCheckpoint) -> None:
     """Take up a checkpoint of this data set."""
     with said_by_rank_zero(run.world):
         saved = choice.state
-        if saved["dataset_hash"] != run.dataset.hash:
+        if saved["dataset_hash"] != run.training_set.hash:
             raise UserError(
                 f"data.train={run.config.data.train} is not the data set of this run (it had "
-                f"{saved['dataset_samples']} samples, now {run.dataset.num_samples}, or other ones): put the old "
+                f"{saved['dataset_samples']} samples, now {run.training_set.num_samples}, or other ones): put the old "
                 "shards back or choose another run.dir"
             )
         saved = run.checkpointer.load(choice, run.step.tensors())

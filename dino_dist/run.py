@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import torch
@@ -10,13 +11,15 @@ import torch
 from dino_dist.build import attention_backend, build_step, compute_dtype, vit_shape
 from dino_dist.checkpoint import Checkpointer
 from dino_dist.config import Config
-from dino_dist.data.index import DatasetIndex, open_dataset
-from dino_dist.data.loader import Batch, make_loader
-from dino_dist.data.order import Order
-from dino_dist.data.stream import SampleReader
+from dino_dist.data.loading.batch import Batch
+from dino_dist.data.loading.loader import make_loader
+from dino_dist.data.loading.loader_limits import limits_line, measure_images, usable_cores
+from dino_dist.data.order.order import SampleOrder
+from dino_dist.data.order.training_set import TrainingSet
 from dino_dist.dist import World
 from dino_dist.durations import Duration
-from dino_dist.evaluate import Evaluator, decode_rules
+from dino_dist.evaluate import Evaluator
+from dino_dist.inputs import sample_reader, training_set
 from dino_dist.liveness import Pulse
 from dino_dist.monitor import Monitor
 from dino_dist.preemption import AgreedWord, StopSignals
@@ -51,8 +54,8 @@ class Run:
     config: Config
     world: World
     session: RunSession
-    dataset: DatasetIndex
-    order: Order
+    training_set: TrainingSet
+    order: SampleOrder
     schedules: Schedules
     every: Every
     step: DinoStep
@@ -82,15 +85,21 @@ class Run:
 def build_run(config: Config, world: World, session: RunSession, signals: StopSignals, pulse: Pulse) -> Run:
     """Open the data and build the parts of a run at step 0."""
     index_dir = session.folder.path / "index"
-    dataset = world.first(lambda: open_dataset(config.data.train, fallback_dir=index_dir, poll=signals.raise_if_asked))
-    schedules = build_schedules(config, dataset.num_samples)
-    every = resolve_every(config, dataset.num_samples)
+
+    def poll() -> None:
+        pulse.tick()  # indexing reads every image once
+        signals.raise_if_asked()
+
+    samples = world.first(lambda: training_set(config.data, index_dir, poll))
+    schedules = build_schedules(config, samples.num_samples)
+    every = resolve_every(config, samples.num_samples)
     with said_by_rank_zero(world):
         backend = attention_backend(config, world.device)
     dtype = compute_dtype(config, world.device)
     introduction = (
         f"{world.size} ranks on {world.device.type}, {config.parallel.strategy}, {dtype}, attention {backend.name} "
-        f"({backend.reason}); {dataset.num_samples} images, {schedules.total_steps} steps of {config.train.batch_size}"
+        f"({backend.reason}); crops of {config.augment.preset}; {samples.num_samples} images, {schedules.total_steps} "
+        f"steps of {config.train.batch_size}"
     )
 
     def stop_word() -> int:
@@ -101,15 +110,13 @@ def build_run(config: Config, world: World, session: RunSession, signals: StopSi
     if config.data.eval_train is not None:
         evaluator = Evaluator(config, world, index_dir, stop_word)
     run = Run(
-        introduction=[introduction, *schedules.notes],
+        introduction=[introduction, *samples.shares(), *schedules.notes],
         computed_with={"device": world.device.type, "precision": str(dtype), "attention": backend.name},
         config=config,
         world=world,
         session=session,
-        dataset=dataset,
-        order=Order(
-            shard_counts=dataset.shard_counts, seed=config.run.seed, shards_per_block=config.data.shards_per_block
-        ),
+        training_set=samples,
+        order=samples.order(seed=config.run.seed, shards_per_block=config.data.shards_per_block),
         schedules=schedules,
         every=every,
         step=build_step(config, world, backend.name),
@@ -150,17 +157,39 @@ def resolve_every(config: Config, dataset_size: int) -> Every:
     )
 
 
+def data_limits(run: Run) -> str:
+    """One line on what limits the loaders of this run, from a few images; a collective."""
+    config, world = run.config, run.world
+    cores = world.gather((world.host, usable_cores()))
+    own_cores = set().union(*(each for host, each in cores if host == world.host))
+
+    def measured() -> str:
+        with closing(sample_reader(run.training_set, config.data)) as reader:
+            cost = measure_images(reader, run.order, position=run.steps_done * config.train.batch_size)
+        return limits_line(
+            cost,
+            num_workers=config.data.num_workers,
+            cores=len(own_cores),
+            ranks=world.local_size,
+            images_per_step=config.train.batch_size / world.size,
+            buffer_bytes=config.data.buffer_mib * 2**20,
+        )
+
+    return world.first(measured)
+
+
 def loader(run: Run) -> Generator[list[Batch]]:
     """The micro-batches of every step that is left, for this rank."""
     config, world = run.config, run.world
     describe = ViewDescription(
         recipes=tuple(view_recipes(config.augment)),
         seed=config.run.seed,
+        share_jitter=config.augment.share_jitter,
         drop_path_rates=vit_shape(config).drop_path_rates,
     )
     return make_loader(
-        SampleReader(dataset=run.dataset, rules=decode_rules(config.data)),
-        run.order,
+        reader=sample_reader(run.training_set, config.data),
+        order=run.order,
         batch_size=config.train.batch_size,
         rank=world.rank,
         size=world.size,
@@ -168,7 +197,7 @@ def loader(run: Run) -> Generator[list[Batch]]:
         start_step=run.steps_done,
         stop_step=run.schedules.total_steps,
         num_workers=config.data.num_workers,
-        prefetch=config.data.prefetch_steps,
-        pin=world.device.type == "cuda",
+        buffer_bytes=config.data.buffer_mib * 2**20,
+        device=world.device,
         describe=describe,
     )

@@ -13,7 +13,7 @@ import yaml
 
 from dino_dist.config import Config
 from dino_dist.config_file import differences, to_yaml
-from dino_dist.data.stream import BadRecord
+from dino_dist.data.reading.stream import BadRecord
 from dino_dist.dist import ProcessEnvironment, World
 from dino_dist.errors import NoRestartHelps, SaidByRankZero, StopAsked, Superseded, UserError
 from dino_dist.exit_codes import BAD_INPUT, NO_RESTART_HELPS

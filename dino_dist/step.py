@@ -31,11 +31,18 @@ class Views:
     """[L n, 3, h, w], or None without local views."""
     drop_path: Tensor | None = None
     """[depth, 2, (2 + L) n] factors for the branches of the student's blocks."""
+    plain_global_crops: Tensor | None = None
+    """The global crops without any change of colour, for a teacher that sees no others; None: it sees the student's."""
 
     @property
     def num_images(self) -> int:
         """n"""
         return self.global_crops.shape[0] // 2
+
+    @property
+    def teacher_crops(self) -> Tensor:
+        """What the teacher sees: [2 n, 3, H, W]."""
+        return self.global_crops if self.plain_global_crops is None else self.plain_global_crops
 
     @property
     def student_crops(self) -> list[Tensor]:
@@ -129,7 +136,7 @@ class DinoStep:
     def _forward_backward(self, views: Views, teacher_temp: float) -> Tensor:
         """Gradients of this rank's part of the mean loss; returns its part of [loss, teacher entropy]."""
         with torch.no_grad(), self.autocast():
-            teacher_logits = self.networks.teacher([views.global_crops])
+            teacher_logits = self.networks.teacher([views.teacher_crops])
         targets_NK = self.centering.targets(teacher_logits, teacher_temp)
         target_GBK = targets_NK.view(2, views.num_images, -1)
         with self.autocast():

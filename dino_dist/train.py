@@ -8,6 +8,7 @@ from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
@@ -15,18 +16,20 @@ from torch import Tensor
 
 from dino_dist.agreement import agree, flags, take_in
 from dino_dist.build import check_strategy
-from dino_dist.config import Config, check_for_world
-from dino_dist.data.loader import Batch
-from dino_dist.data.stream import SampleReader
+from dino_dist.config import Config
+from dino_dist.config_checks import check_for_world
+from dino_dist.data.loading.batch import Batch
+from dino_dist.data.stores.store_options import StoreCounts
 from dino_dist.dist import ProcessEnvironment, World, joined_world, set_timeout
 from dino_dist.errors import FailedTogether, RunFailed, StopAsked
-from dino_dist.evaluate import cls_forward, decode_rules, fixed_images
+from dino_dist.evaluate import cls_forward, fixed_images
 from dino_dist.exit_codes import DONE
 from dino_dist.health import center_norm
+from dino_dist.inputs import sample_reader
 from dino_dist.liveness import Limits, Pulse
 from dino_dist.preemption import GO_ON, AgreedWord, StopSignals, job_time_limit
 from dino_dist.resume import restore, save
-from dino_dist.run import Run, build_run, loader
+from dino_dist.run import Run, build_run, data_limits, loader
 from dino_dist.run_session import RunSession, open_session
 from dino_dist.schedules import StepSettings
 from dino_dist.step import StepResult
@@ -35,6 +38,7 @@ from dino_dist.watchdog import Watchdog
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 PICTURED_IMAGES = 4
+_LOOKED_THROUGH = 64
 COLLECTIVES_FAIL_LATER = 1.2
 """Times `timeout_s`: the watchdog speaks first, since it can name who is missing and show the stacks."""
 
@@ -87,6 +91,7 @@ def train_in(
                 ending.callback(run.monitor.close)
                 with faults_told(run, watch):
                     restore(run)
+                    run.monitor.say(data_limits(run))
                     stop_together(run)
                     with closing(loader(run)) as batches:
                         return loop(run, batches)
@@ -202,7 +207,7 @@ def log(run: Run, settings: StepSettings, result: StepResult, micro_batches: lis
     images_seen = step * run.config.train.batch_size
     row |= {
         "images_seen": images_seen,
-        "epoch": images_seen / run.dataset.num_samples,
+        "epoch": images_seen / run.training_set.num_samples,
         "lr": settings.lr,
         "weight_decay": settings.weight_decay,
         "momentum": settings.momentum,
@@ -215,6 +220,7 @@ def log(run: Run, settings: StepSettings, result: StepResult, micro_batches: lis
         "save_s": run.checkpointer.last_save_s,
         **run.meter.read(),
     }
+    row |= store_row(micro_batches[-1].store)
     if run.world.device.type == "cuda":
         row["peak_memory_gib"] = torch.cuda.max_memory_allocated(run.world.device) / 2**30
     run.monitor.row(step, row)
@@ -222,11 +228,25 @@ def log(run: Run, settings: StepSettings, result: StepResult, micro_batches: lis
         run.monitor.pictures(step, run.step, partial(pictured_images, run))
 
 
+def store_row(counts: StoreCounts) -> dict[str, float | int]:
+    """What the loader of the rank that logs has asked of stores since this start; nothing where shards are local."""
+    if not counts.requests and not counts.cache_hits:
+        return {}
+    return {
+        "rank0_store_retries": counts.retries,
+        "rank0_store_read_gib": counts.bytes_received / 2**30,
+        "rank0_cache_hits": counts.cache_hits,
+        "rank0_cache_fills": counts.cache_fills,
+        "rank0_cache_evictions": counts.cache_evictions,
+        "rank0_uncached_reads": counts.direct_reads,
+    }
+
+
 def pictured_images(run: Run) -> Tensor:
-    """The first images of the training set as evaluation sees them: those whose attention is shown over time."""
-    reader = SampleReader(dataset=run.dataset, rules=decode_rules(run.config.data))
-    ids = list(range(min(PICTURED_IMAGES, run.dataset.num_samples)))
-    return fixed_images(reader, ids, run.config, run.world.device)
+    """Some of the first images that are trained on, as evaluation sees them: their attention is shown over time."""
+    first = run.order.ids(0, min(_LOOKED_THROUGH, run.training_set.num_samples)).sample_ids
+    with closing(sample_reader(run.training_set, run.config.data)) as reader:
+        return fixed_images(reader, np.unique(first)[:PICTURED_IMAGES].tolist(), run.config, run.world.device)
 
 
 def teacher_drift(run: Run) -> float | None:

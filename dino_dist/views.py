@@ -10,14 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dino_dist.config import AugmentSection, Config
-from dino_dist.data.augment import MultiCropRenderer
-from dino_dist.data.crop_parameters import ViewRecipe, draw
-from dino_dist.data.loader import Batch
+from dino_dist.data.crops.augment import MultiCropRenderer
+from dino_dist.data.crops.crop_parameters import ViewRecipe, draw
+from dino_dist.data.crops.render_rules import RenderRules
+from dino_dist.data.loading.batch import Batch
+from dino_dist.data.order.order import StreamIds
 from dino_dist.randomness import drop_path_uniforms
 from dino_dist.step import Views
-
-_RATIO = (3 / 4, 4 / 3)
-"""Width over height of a crop; torchvision's default, which the published code keeps."""
 
 Ids = NDArray[np.int64]
 
@@ -29,7 +28,7 @@ def view_recipes(augment: AugmentSection) -> list[ViewRecipe]:
         return ViewRecipe(
             size_px=size_px,
             scale=scale,
-            ratio=_RATIO,
+            ratio=augment.aspect_ratio,
             flip_p=augment.flip_p,
             jitter_p=augment.jitter_p,
             brightness=augment.brightness,
@@ -54,20 +53,33 @@ class ViewDescription:
 
     recipes: tuple[ViewRecipe, ...]
     seed: int
+    share_jitter: bool
+    """Jitter and grayscale are those of an image's first view in all its views."""
     drop_path_rates: tuple[float, ...]
     """Each block's probability that the student skips a branch."""
 
-    def __call__(self, sample_ids: Ids, epochs: Ids, sizes: Ids) -> dict[str, Tensor]:
+    def __call__(self, ids: StreamIds, sizes: Ids) -> dict[str, Tensor]:
         """`crops` [views, n, columns] (see `crop_parameters`) and, if any rate is positive, `drop_path` factors
         [depth, 2, views * n]: 0 with a block's rate p, else 1 / (1 - p).
         """
-        crops = draw(self.recipes, seed=self.seed, epochs=epochs, sample_ids=sample_ids, sizes=sizes)
+        crops = draw(
+            self.recipes,
+            seed=self.seed,
+            epochs=ids.epochs,
+            sample_ids=ids.sample_ids,
+            replicas=ids.replicas,
+            sizes=sizes,
+            share_jitter=self.share_jitter,
+        )
         described = {"crops": torch.from_numpy(crops.astype(np.float32))}
         if any(self.drop_path_rates):
             depth = len(self.drop_path_rates)
             rates = np.array(self.drop_path_rates)[:, None, None, None]
             uniforms_VNL2 = np.stack(
-                [drop_path_uniforms(self.seed, epochs, sample_ids, v, depth) for v in range(len(self.recipes))]
+                [
+                    drop_path_uniforms(self.seed, ids.epochs, ids.sample_ids, view, depth, replicas=ids.replicas)
+                    for view in range(len(self.recipes))
+                ]
             )
             factors = (uniforms_VNL2.transpose(2, 3, 0, 1) >= rates) / (1.0 - rates)
             described["drop_path"] = torch.from_numpy(factors.reshape(depth, 2, -1).astype(np.float32))
@@ -78,18 +90,24 @@ class ViewRenderer:
     """Renders a batch on the device into the views of a step."""
 
     def __init__(self, config: Config, device: torch.device, dtype: torch.dtype) -> None:
-        recipes = view_recipes(config.augment)
-        self._num_local = config.augment.local_crops
-        self._same_side = config.augment.local_px == config.augment.global_px
-        self._device = device
+        augment, data = config.augment, config.data
+        rules = RenderRules(
+            mean=data.mean,
+            std=data.std,
+            blur=augment.blur_filter,
+            quantize=None if augment.quantize == "none" else augment.quantize,
+            jitter_before_crop=augment.share_jitter,
+            plain_views=0 if augment.teacher_sees_colors else 2,
+        )
+        self._num_local = augment.local_crops
+        self._same_side = augment.local_px == augment.global_px
         self._renderer = MultiCropRenderer(
-            recipes, mean=config.data.mean, std=config.data.std, device=device, dtype=dtype
+            view_recipes(augment), rules=rules, device=device, dtype=dtype, compile=config.train.compile
         )
 
     def __call__(self, batch: Batch) -> Views:
-        """The views of a micro-batch; the copy to the device waits for nothing if the batch is pinned."""
-        batch = batch.to(self._device, non_blocking=True)
-        crops = self._renderer(batch.pixels, batch.sizes, batch.extra["crops"])
+        """The views of a micro-batch that is on the device."""
+        crops, plain = self._renderer(batch.pixels, batch.sizes, batch.extra["crops"])
         if self._same_side and self._num_local:  # one tensor of one side: the first two views are the global ones
             split = 2 * batch.num_images
             crops = [crops[0][:split], crops[0][split:]]
@@ -97,4 +115,5 @@ class ViewRenderer:
             global_crops=crops[0],
             local_crops=crops[1] if self._num_local else None,
             drop_path=batch.extra.get("drop_path"),
+            plain_global_crops=plain,
         )

@@ -85,11 +85,24 @@ def doctor(
     slurm: Annotated[bool, typer.Option("--slurm", help="Look at the Slurm cluster too.")] = False,
     partition: Annotated[str | None, typer.Option(help="Of Slurm; default: as launch would take.")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="A run folder that its nodes must share.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Measure these shards (as data.train) instead.")] = None,
+    images_per_s: Annotated[float | None, typer.Option(help="Of --data: what one of your GPUs trains on.")] = None,
+    num_threads: Annotated[int | None, typer.Option("--threads", help="Of --data: decode threads.", min=1)] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what works on this machine and, with --slurm, on the cluster; what does not, and why."""
+    """Say what works on this machine and, with --slurm, on the cluster; what does not, and why.
+
+    With --data: what reading, decoding and rendering one's own shards costs, and how many cores a GPU needs.
+    """
     if not slurm and (partition is not None or run_dir is not None):
         raise UserError("--partition and --run-dir are about a cluster: give --slurm with them")
+    if data is None and (images_per_s is not None or num_threads is not None):
+        raise UserError("--images-per-s and --threads are about a data set: give --data with them")
+    if data is not None:
+        if slurm:
+            raise UserError("--data and --slurm are two examinations: ask for one at a time")
+        _examine_data(data, images_per_s, num_threads, as_json)
+        return
     from launch.cluster_file import Settings, cluster_file_path, job_options, read_cluster_file
     from launch.doctor import examine, table
 
@@ -101,6 +114,19 @@ def doctor(
         print(json.dumps(findings))
     else:
         table(findings)
+
+
+def _examine_data(spec: str, images_per_s: float | None, num_threads: int | None, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from launch.data_doctor import DataQuestions, examine_data, table
+
+    questions = DataQuestions(num_threads=num_threads, images_per_s=images_per_s)
+    report = examine_data(spec, questions, fallback_dir=Path.cwd() / "shard-index")
+    if as_json:
+        print(json.dumps(asdict(report)))
+    else:
+        table(report)
 
 
 @shards_app.command("build")
@@ -118,7 +144,7 @@ def shards_build(
     as_json: AsJson = False,
 ) -> None:
     """Build shuffled, indexed shards; started again after a kill it goes on where it was."""
-    from dino_dist.data.build import BuildOptions, build_shards
+    from dino_dist.data.prepare.build import BuildOptions, build_shards
 
     options = BuildOptions(
         samples_per_shard=samples_per_shard, seed=seed, resize_short_px=resize_short_px, jpeg_quality=jpeg_quality
@@ -140,9 +166,10 @@ def shards_index(
     as_json: AsJson = False,
 ) -> None:
     """Index shards made by others (img2dataset, public webdatasets)."""
-    from dino_dist.data.index import open_dataset
+    from dino_dist.config import Config
+    from dino_dist.inputs import labelled_set
 
-    dataset = open_dataset(shards, fallback_dir=Path.cwd() / "shard-index")
+    dataset = labelled_set(shards, Config().data, Path.cwd() / "shard-index")
     result = {"shards": len(dataset.shards), "samples": dataset.num_samples, "hash": dataset.hash}
     _print_result(result, as_json)
 
@@ -157,14 +184,23 @@ def shards_check(
     from dataclasses import asdict
 
     from dino_dist.config import Config
-    from dino_dist.data.check import check_shards
-    from dino_dist.evaluate import decode_rules
+    from dino_dist.data.prepare.check import check_shards
+    from dino_dist.inputs import decode_rules, store_options
 
-    rules = decode_rules(Config().data)
-    report = check_shards(shards, rules=rules, fallback_dir=Path.cwd() / "shard-index", num_workers=workers)
+    data = Config().data
+    report = check_shards(
+        shards,
+        rules=decode_rules(data),
+        fallback_dir=Path.cwd() / "shard-index",
+        num_workers=workers,
+        store=store_options(data),
+    )
     _print_result(asdict(report) | {"ok": report.ok}, as_json)
     if not report.ok:
-        raise UserError(f"{len(report.bad)} bad images and {len(report.wrong_indexes)} wrong indexes in {shards}")
+        raise UserError(
+            f"{len(report.bad)} bad images, {len(report.unreadable)} unreadable shards and "
+            f"{len(report.wrong_indexes)} wrong indexes in {shards}"
+        )
 
 
 @eval_app.command("knn")

@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dino_dist.config import Config, check_for_world
-from dino_dist.data.index import open_dataset
+from dino_dist.config import Config
+from dino_dist.config_checks import check_for_world
 from dino_dist.durations import Duration
 from dino_dist.errors import UserError
+from dino_dist.inputs import labelled_set, training_set
 from dino_dist.run_folder import RunFolder
 from dino_dist.schedules import build_schedules
 from launch.job_options import JobOptions
@@ -69,18 +70,18 @@ def make_plan(config: Config, options: JobOptions, *, index_dir: Path, accept_ch
     be written to. What depends on the GPUs of the compute nodes is not checked.
     """
     _check_worlds(config, options)
-    dataset = open_dataset(config.data.train, fallback_dir=index_dir)
+    samples = training_set(config.data, index_dir)
     for labelled in (config.data.eval_train, config.data.eval_test):
         if labelled is not None:
-            open_dataset(labelled, fallback_dir=index_dir)
+            labelled_set(labelled, config.data, index_dir)
     _check_networks(config, accept_changes=accept_changes)
-    schedules = build_schedules(config, dataset.num_samples)
+    schedules = build_schedules(config, samples.num_samples)
     batch_size, accumulate = config.train.batch_size, config.train.accumulate
     images = schedules.total_steps * batch_size
-    every = Duration.parse(config.checkpoint.every).steps(batch_size=batch_size, dataset_size=dataset.num_samples)
+    every = Duration.parse(config.checkpoint.every).steps(batch_size=batch_size, dataset_size=samples.num_samples)
     return Plan(
         run_dir=config.run.dir,
-        dataset_size=dataset.num_samples,
+        dataset_size=samples.num_samples,
         nodes_min=options.nodes_min,
         nodes_max=options.nodes_max,
         world_min=options.world_min,
@@ -90,7 +91,7 @@ def make_plan(config: Config, options: JobOptions, *, index_dir: Path, accept_ch
         accumulate=accumulate,
         steps=schedules.total_steps,
         images=images,
-        epochs=images / dataset.num_samples,
+        epochs=images / samples.num_samples,
         checkpoint_steps=max(every, 1),
         notes=schedules.notes,
     )

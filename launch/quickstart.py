@@ -17,7 +17,7 @@ from rich.console import Console
 from dino_dist.build import build_network
 from dino_dist.config import Config
 from dino_dist.config_file import load_config
-from dino_dist.data.build import BuildOptions, build_shards
+from dino_dist.data.prepare.build import BuildOptions, build_shards
 from dino_dist.dist import World
 from dino_dist.errors import RunFailed, UserError
 from dino_dist.evaluate import Evaluator, Forward, cls_forward, raw_pixels

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from dino_dist.config import Config
 from dino_dist.config_file import load_config
-from dino_dist.data.shard_list import MANIFEST_NAME, is_manifest, list_shards
+from dino_dist.data.shards.shard_list import MANIFEST_NAME, is_manifest, list_shards
 from dino_dist.durations import Duration
 from dino_dist.errors import UserError
 from dino_dist.exit_codes import DONE, STOPPED

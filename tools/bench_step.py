@@ -37,8 +37,8 @@ from dino_dist.config import (
     ModelSection,
     ParallelSection,
     TrainSection,
-    check,
 )
+from dino_dist.config_checks import check
 from dino_dist.dist import ProcessEnvironment, World, joined_world
 from dino_dist.losses import dino_loss
 from dino_dist.parallelize import checkpoint_activations

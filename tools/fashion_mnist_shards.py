@@ -18,7 +18,7 @@ import typer
 from numpy.typing import NDArray
 from PIL import Image
 
-from dino_dist.data.build import BuildOptions, build_shards
+from dino_dist.data.prepare.build import BuildOptions, build_shards
 from dino_dist.errors import UserError
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")

@@ -34,8 +34,8 @@ from dino_dist.config import (
     OptimSection,
     ParallelSection,
     TrainSection,
-    check,
 )
+from dino_dist.config_checks import check
 from dino_dist.dist import World
 from dino_dist.schedules import Schedules, build_schedules
 from dino_dist.step import DinoStep, Views

@@ -21,8 +21,8 @@ from dino_dist.config import (
     ModelSection,
     ParallelSection,
     TrainSection,
-    check,
 )
+from dino_dist.config_checks import check
 from dino_dist.dist import World
 from dino_dist.run_folder import RunFolder
 

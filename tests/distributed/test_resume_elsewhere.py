@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from dino_dist.config_file import load_config
-from dino_dist.data.decode import DecodeRules
-from dino_dist.data.index import open_dataset
-from dino_dist.data.loader import make_loader
-from dino_dist.data.order import Order
-from dino_dist.data.stream import SampleReader
+from dino_dist.data.loading.loader import make_loader
+from dino_dist.data.order.order import Order
+from dino_dist.data.reading.decode import DecodeRules
+from dino_dist.data.reading.stream import SampleReader
+from dino_dist.data.shards.index import open_dataset
 from dino_dist.ledger import read_rows
 from dino_dist.views import ViewDescription, view_recipes
 
@@ -33,12 +33,14 @@ def read_part(shards: Path, size: int, start: int, stop: int, *, accumulate: int
     config = load_config("quickstart", [f"data.train={shards}", f"train.batch_size={BATCH}"])
     dataset = open_dataset(str(shards), fallback_dir=shards)
     order = Order(shard_counts=dataset.shard_counts, seed=5, shards_per_block=2)
-    describe = ViewDescription(recipes=tuple(view_recipes(config.augment)), seed=5, drop_path_rates=(0.1, 0.2))
-    found: list[tuple[int, Tensor, Tensor]] = []
+    describe = ViewDescription(
+        recipes=tuple(view_recipes(config.augment)), seed=5, share_jitter=False, drop_path_rates=(0.1, 0.2)
+    )
+    found: list[tuple[tuple[int, int, int], Tensor, Tensor]] = []
     for rank in range(size):
         batches = make_loader(
-            SampleReader(dataset=dataset, rules=DecodeRules(max_member_bytes=2**20, max_pixels=10**6)),
-            order,
+            reader=SampleReader(dataset=dataset, rules=DecodeRules(max_member_bytes=2**20, max_pixels=10**6)),
+            order=order,
             batch_size=BATCH,
             rank=rank,
             size=size,
@@ -46,13 +48,14 @@ def read_part(shards: Path, size: int, start: int, stop: int, *, accumulate: int
             start_step=start,
             stop_step=stop,
             num_workers=0,
+            buffer_bytes=2**20,
             describe=describe,
         )
         for micro_batches in batches:
-            for batch in micro_batches:
+            for part, batch in enumerate(micro_batches):
                 crops = batch.extra["crops"].transpose(0, 1).flatten(1)
                 drop_path = batch.extra["drop_path"].unflatten(2, (-1, batch.num_images)).permute(3, 0, 1, 2).flatten(1)
-                found.append((batch.position, batch.sample_ids, torch.cat([crops, drop_path], dim=1)))
+                found.append(((batch.step, rank, part), batch.sample_ids, torch.cat([crops, drop_path], dim=1)))
     found.sort(key=lambda part: part[0])
     return torch.cat([ids for _, ids, _ in found]), torch.cat([parameters for _, _, parameters in found])
 

@@ -22,9 +22,9 @@ from dino_dist.config import (
     OptimSection,
     ParallelSection,
     TrainSection,
-    check,
 )
-from dino_dist.data.order import micro_slices, rank_slice
+from dino_dist.config_checks import check
+from dino_dist.data.order.order import micro_slices, rank_slice
 from dino_dist.dist import World
 from dino_dist.schedules import build_schedules
 from dino_dist.step import Views

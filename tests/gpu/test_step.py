@@ -22,8 +22,8 @@ from dino_dist.config import (
     OptimSection,
     ParallelSection,
     TrainSection,
-    check,
 )
+from dino_dist.config_checks import check
 from dino_dist.dist import ProcessEnvironment, World, joined_world
 from dino_dist.schedules import build_schedules
 from dino_dist.step import DinoStep, StepResult, Views

@@ -13,10 +13,10 @@ import pytest
 import webdataset
 from PIL import Image
 
-from dino_dist.data.build import BuildOptions, build_shards
-from dino_dist.data.check import check_shards
-from dino_dist.data.decode import DecodeRules, decode_image
-from dino_dist.data.index import open_dataset
+from dino_dist.data.prepare.build import BuildOptions, build_shards
+from dino_dist.data.prepare.check import check_shards
+from dino_dist.data.reading.decode import DecodeRules, decode_image
+from dino_dist.data.shards.index import open_dataset
 from dino_dist.errors import UserError
 
 RULES = DecodeRules(max_member_bytes=2**20, max_pixels=10**6)

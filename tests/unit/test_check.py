@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dino_dist.data.check import Spread, check_shards
-from dino_dist.data.decode import DecodeRules
+from dino_dist.data.prepare.check import Spread, check_shards
+from dino_dist.data.reading.decode import DecodeRules
 
 RULES = DecodeRules(max_member_bytes=2**20, max_pixels=10**6)
 
@@ -59,3 +59,34 @@ def test_an_index_that_no_longer_fits_is_found(tmp_path: Path) -> None:
     report = check_shards(str(tmp_path), rules=RULES, fallback_dir=tmp_path)
     assert report.wrong_indexes == ("0.tar",)
     assert not report.ok
+
+
+def test_damage_since_indexing_is_found(tmp_path: Path) -> None:
+    """Another image of the same size and time: it decodes, but its checksum is another."""
+    path = tmp_path / "0.tar"
+    write_tar(path, [("a.png", png(2, 2)), ("b.png", png(3, 3))])
+    assert check_shards(str(tmp_path), rules=RULES, fallback_dir=tmp_path).ok
+    stat = path.stat()
+    data = path.read_bytes()
+    path.write_bytes(data.replace(png(3, 3), png(3, 3)[:-1] + b"!"))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    report = check_shards(str(tmp_path), rules=RULES, fallback_dir=tmp_path)
+    assert [(bad.sample_id, bad.key) for bad in report.bad] == [(1, "b")]
+    assert "not those that were indexed" in report.bad[0].reason
+    assert report.wrong_indexes == ("0.tar",)
+
+
+def test_a_shard_that_cannot_be_indexed_does_not_end_the_check(tmp_path: Path) -> None:
+    for number in range(4):
+        write_tar(tmp_path / f"{number}.tar", [("a.png", png(2, 2)), (f"b{number}.png", b"bad")])
+    os.truncate(tmp_path / "1.tar", 1100)
+    (tmp_path / "3.tar").write_bytes(b"")
+    report = check_shards(str(tmp_path), rules=RULES, fallback_dir=tmp_path)
+    assert [line.split(": ")[0] for line in report.unreadable] == [str(tmp_path / f"{number}.tar") for number in (1, 3)]
+    assert (report.num_shards, report.num_samples) == (2, 4)
+    assert [(bad.sample_id, bad.shard) for bad in report.bad] == [(1, "0.tar"), (3, "2.tar")]
+    assert not report.ok
+    for number in (0, 2):
+        (tmp_path / f"{number}.tar").unlink()
+    report = check_shards(str(tmp_path), rules=RULES, fallback_dir=tmp_path)
+    assert (report.num_shards, report.num_samples, len(report.unreadable)) == (0, 0, 2)

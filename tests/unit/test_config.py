@@ -13,7 +13,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dino_dist.config import Config, DataSection, check, check_for_world, leaves
+from dino_dist.augment_presets import AUGMENT_PRESETS
+from dino_dist.config import AugmentSection, Config, DataSection, leaves
+from dino_dist.config_checks import check, check_for_world
 from dino_dist.config_file import differences, load_config, recipe_names, recipe_path, to_plain, to_yaml
 from dino_dist.errors import UserError
 from dino_dist.schedules import build_schedules
@@ -205,6 +207,50 @@ def test_later_sources_win_and_types_are_kept(tmp_path: Path) -> None:
     assert load_config(str(file), ["metrics.profile_at=null"]).metrics.profile_at is None
 
 
+@pytest.mark.parametrize(
+    ("preset", "blurs", "scales", "blur_filter", "flip_p"),
+    [
+        ("dino_v1", (1.0, 0.1, 0.5), ((0.4, 1.0), (0.05, 0.4)), "box3", 0.5),
+        ("dinov2_as_trained", (0.0, 0.9, 0.5), ((0.32, 1.0), (0.05, 0.32)), "taps9", 0.5),
+        ("dinov2_as_intended", (1.0, 0.1, 0.5), ((0.32, 1.0), (0.05, 0.32)), "taps9", 0.5),
+        ("dinov3", (0.0, 0.9, 0.5), ((0.32, 1.0), (0.05, 0.32)), "taps9", 0.0),
+    ],
+)
+def test_presets_are_the_published_pipelines(
+    preset: str,
+    blurs: tuple[float, ...],
+    scales: tuple[tuple[float, float], ...],
+    blur_filter: str,
+    flip_p: float,
+) -> None:
+    """DINOv2's released code inverts its blur probabilities; what was trained differs from what it reads as."""
+    augment = load_config(None, [TRAIN, f"augment.preset={preset}"]).augment
+    assert (augment.blur_global_1_p, augment.blur_global_2_p, augment.blur_local_p) == blurs
+    assert (augment.global_scale, augment.local_scale) == scales
+    assert (augment.blur_filter, augment.flip_p) == (blur_filter, flip_p)
+    assert (augment.jitter_p, augment.gray_p, augment.solarize_global_2_p) == (0.8, 0.2, 0.2)
+    assert (augment.brightness, augment.contrast, augment.saturation, augment.hue) == (0.4, 0.4, 0.2, 0.1)
+
+
+def test_the_defaults_are_a_preset() -> None:
+    assert load_config(None, [TRAIN, "augment.preset=dino_v1"]).augment == AugmentSection()
+    for name, values in AUGMENT_PRESETS.items():
+        assert values.keys() == AUGMENT_PRESETS["dino_v1"].keys(), name
+
+
+def test_a_preset_replaces_what_comes_before_and_yields_to_what_stands_beside(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("augment: {gray_p: 0.7, preset: dinov3, flip_p: 0.3, global_px: 32}\nmodel: {patch_size: 16}\n")
+    augment = load_config(str(path), [TRAIN]).augment
+    assert (augment.gray_p, augment.flip_p, augment.blur_global_2_p) == (0.7, 0.3, 0.9)
+    augment = load_config(str(path), [TRAIN, "augment.gray_p=0.1", "augment.preset=dinov2_as_intended"]).augment
+    assert (augment.gray_p, augment.flip_p, augment.blur_global_2_p, augment.global_px) == (0.1, 0.5, 0.1, 32)
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(to_yaml(load_config(str(path), [TRAIN])))
+    assert load_config(str(saved)) == load_config(str(path), [TRAIN])
+    assert "dinov2_as_trained" in refusal("augment.preset=dinov2", TRAIN)
+
+
 @pytest.mark.parametrize("text", ["", "# nothing\n", "{}"])
 def test_an_empty_file_is_the_defaults(text: str, tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
@@ -298,7 +344,9 @@ def test_the_saved_form_holds_plain_values_only() -> None:
     [
         ("run.dir=elsewhere", True),
         ("data.num_workers=9", True),
-        ("data.prefetch_steps=9", True),
+        ("data.buffer_mib=9", True),
+        ("data.cache_dir=/local", True),
+        ("data.store_attempts=9", True),
         ("train.accumulate=2", True),
         ("checkpoint.every=7st", True),
         ("metrics.every=7st", True),
@@ -310,6 +358,8 @@ def test_the_saved_form_holds_plain_values_only() -> None:
         ("model.drop_path=0.2", False),
         ("head.batch_norm=true", False),
         ("augment.global_scale=[0.3,1.0]", False),
+        ("augment.quantize=uint8", False),
+        ("data.dct_scale_min_px=224", False),
         ("loss.teacher_temp=0.05", False),
         ("train.length=9ep", False),
         ("train.batch_size=9", False),

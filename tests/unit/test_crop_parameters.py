@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest, chisquare, ks_2samp, kstest
 from torchvision.transforms import RandomResizedCrop
 
-from dino_dist.data.crop_parameters import Column, ViewRecipe, draw
+from dino_dist.data.crops.crop_parameters import Column, ViewRecipe, draw
 from dino_dist.errors import UserError
 from dino_dist.randomness import Purpose, sample_words
 
@@ -202,6 +202,28 @@ def test_what_is_gated_off_is_the_identity() -> None:
 def test_impossible_recipes_are_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         replace(GLOBAL, **change)  # type: ignore[arg-type]
+
+
+def test_a_repeat_of_a_sample_in_its_epoch_has_other_crops() -> None:
+    def drawn(*replicas: int) -> NDArray[np.float64]:
+        n = len(replicas)
+        sizes, zeros = np.tile(np.array([[375, 500]]), (n, 1)), np.zeros(n, dtype=np.int64)
+        return draw([GLOBAL], seed=1, epochs=zeros, sample_ids=zeros, sizes=sizes, replicas=np.array(replicas))[0]
+
+    both = drawn(0, 1)
+    assert not np.array_equal(boxes_of(both[0]), boxes_of(both[1]))
+    assert np.array_equal(drawn(1)[0], both[1])
+
+
+def test_shared_jitter_is_the_first_views_in_all_views() -> None:
+    args = {"seed": 1, "epochs": np.zeros(50, dtype=np.int64), "sample_ids": np.arange(50)}
+    sizes = np.tile(np.array([[40, 60]]), (50, 1))
+    own = draw([GLOBAL, LOCAL, LOCAL], sizes=sizes, **args)  # type: ignore[arg-type]
+    shared = draw([GLOBAL, LOCAL, LOCAL], sizes=sizes, share_jitter=True, **args)  # type: ignore[arg-type]
+    colors = slice(Column.JITTER_ORDER, Column.GRAY + 1)
+    assert np.array_equal(shared[..., colors], np.broadcast_to(own[:1, :, colors], shared[..., colors].shape))
+    others = [column for column in Column if not Column.JITTER_ORDER <= column <= Column.GRAY]
+    assert np.array_equal(shared[..., others], own[..., others])
 
 
 def test_sizes_must_match_the_samples() -> None:

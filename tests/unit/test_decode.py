@@ -6,13 +6,16 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from dino_dist.data.decode import BadSample, DecodeRules, decode_image, image_format
+from dino_dist.data.reading.decode import BadSample, DecodeRules, decode_image, image_format, open_image
 from dino_dist.errors import UserError
 
 RULES = DecodeRules(max_member_bytes=64 * 2**20, max_pixels=1_000_000)
@@ -41,10 +44,187 @@ def test_lossless_formats_give_the_very_pixels(file_format: str) -> None:
     assert np.array_equal(pixels, RGB)
 
 
-def test_jpeg_is_pillows() -> None:
-    smooth = Image.fromarray(RGB).resize((64, 48))
-    data = encode(smooth, "JPEG", quality=90)
-    assert np.array_equal(decode_image(data, RULES), np.asarray(Image.open(io.BytesIO(data))))
+def by_pillow(data: bytes, scale: int = 1) -> NDArray[np.uint8]:
+    """The reference."""
+    picture = Image.open(io.BytesIO(data))
+    if scale > 1:
+        picture.draft(None, (picture.width // scale, picture.height // scale))
+    return np.asarray(picture.convert("RGB"))
+
+
+def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Smooth colours with edges and some noise."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
+    noise = rng.integers(-9, 10, (height, width, 3))
+    return Image.fromarray(np.clip(np.asarray(coarse) + noise, 0, 255).astype(np.uint8))
+
+
+def without_segment(data: bytes, marker: int) -> bytes:
+    """A JPEG less its first segment of this marker."""
+    at = data.index(bytes([0xFF, marker]))
+    (length,) = struct.unpack(">H", data[at + 2 : at + 4])
+    return data[:at] + data[at + 2 + length :]
+
+
+def with_adobe(data: bytes, transform: int) -> bytes:
+    """A JPEG whose colours are declared by an Adobe segment instead of a JFIF one."""
+    segment = b"\xff\xee" + struct.pack(">H", 14) + b"Adobe" + struct.pack(">HHHB", 100, 0, 0, transform)
+    return data[:2] + segment + without_segment(data, 0xE0)[2:]
+
+
+JPEG_OPTIONS: dict[str, dict[str, object]] = {
+    "4:4:4": {"subsampling": 0},
+    "4:2:2": {"subsampling": 1},
+    "4:2:0": {"subsampling": 2},
+    "4:1:1": {"subsampling": "4:1:1"},
+    "progressive": {"progressive": True},
+    "progressive 4:4:4": {"progressive": True, "subsampling": 0},
+    "restart markers": {"restart_marker_blocks": 3},
+    "own Huffman tables": {"optimize": True},
+    "RGB": {"keep_rgb": True},
+    "coarse": {"quality": 5},
+    "fine": {"quality": 100},
+}
+ODD_SIZES = [(1, 1), (1, 7), (8, 8), (9, 17), (33, 31), (100, 3), (64, 75), (127, 128)]
+
+
+@pytest.mark.parametrize("options", JPEG_OPTIONS.values(), ids=JPEG_OPTIONS.keys())
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_jpeg_pixels_are_pillows_bit_for_bit(options: dict[str, object], mode: str) -> None:
+    for number, size in enumerate(ODD_SIZES):
+        image = photograph(*size, seed=number).convert(mode)
+        data = encode(image, "JPEG", **{"quality": 90, **options})
+        opened = open_image(data, RULES)
+        assert opened.picture is None  # by simplejpeg, that is
+        assert np.array_equal(opened.decode(), by_pillow(data))
+
+
+@pytest.mark.parametrize("scale", [1, 2, 4, 8])
+def test_dct_scaled_pixels_are_pillows_bit_for_bit(scale: int) -> None:
+    for number, (width, height) in enumerate([(400, 300), (257, 403), (1000, 131)]):
+        data = encode(photograph(width, height, seed=number), "JPEG", quality=90)
+        rules = replace(RULES, dct_scale_min_px=-(-min(width, height) // scale))
+        opened = open_image(data, rules)
+        assert (opened.height, opened.width) == (-(-height // scale), -(-width // scale))
+        pixels = opened.decode()
+        assert np.array_equal(pixels, by_pillow(data, scale))
+        reduced = np.asarray(Image.fromarray(by_pillow(data)).resize((opened.width, opened.height), Image.BOX))
+        assert np.abs(pixels.astype(float) - reduced).mean() < 10  # the same picture
+        cmyk = encode(photograph(width, height, seed=number).convert("CMYK"), "JPEG")
+        assert decode_image(cmyk, rules).shape == pixels.shape
+        one_more = replace(RULES, dct_scale_min_px=-(-min(width, height) // scale) + 1)
+        assert decode_image(data, one_more).shape[0] == -(-height // (scale // 2 or 1))
+        png = encode(photograph(width, height), "PNG")
+        assert decode_image(png, rules).shape == (height, width, 3)
+
+
+def test_dct_scaling_keeps_the_bounds_and_small_images() -> None:
+    data = encode(photograph(60, 40), "JPEG")
+    for smallest in (1, 16, 30):
+        rules = replace(RULES, dct_scale_min_px=smallest)
+        assert min(decode_image(data, rules).shape[:2]) >= max(16, smallest)
+        for size in ODD_SIZES:
+            small = encode(photograph(*size), "JPEG")
+            assert min(decode_image(small, rules).shape[:2]) >= min(*size, 16)
+    with pytest.raises(BadSample, match="60 x 40 px; at most 2399"):
+        decode_image(data, DecodeRules(max_member_bytes=2**20, max_pixels=2399, dct_scale_min_px=1))
+    with pytest.raises(UserError, match="dct_scale_min_px=0"):
+        replace(RULES, dct_scale_min_px=0)
+
+
+def test_adobe_oddities_are_pillows() -> None:
+    rgb = encode(photograph(40, 30), "JPEG", quality=90)
+    as_rgb = encode(photograph(40, 30), "JPEG", quality=90, keep_rgb=True)
+    inverted = encode(photograph(40, 30).convert("CMYK"), "JPEG", quality=90)
+    ycck = inverted.replace(b"Adobe\x00d\x00\x00\x00\x00\x00", b"Adobe\x00d\x00\x00\x00\x00\x02")
+    assert ycck != inverted
+    for data in (
+        with_adobe(rgb, 0),
+        with_adobe(rgb, 1),
+        as_rgb,
+        without_segment(as_rgb, 0xEE),
+        without_segment(rgb, 0xE0),
+        inverted,
+        ycck,
+    ):
+        assert np.array_equal(decode_image(data, RULES), by_pillow(data))
+    assert not np.array_equal(by_pillow(with_adobe(rgb, 0)), by_pillow(rgb))
+    assert open_image(ycck, RULES).picture is not None  # simplejpeg does not convert these
+
+
+def test_trailing_bytes_and_exif_do_not_matter() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(photograph(40, 30), "JPEG", exif=exif)
+    pixels = by_pillow(data)
+    assert pixels.shape == (30, 40, 3)
+    assert np.array_equal(decode_image(data, RULES), pixels)
+    assert np.array_equal(decode_image(data + b"more" * 9, RULES), pixels)
+    turned = decode_image(data, replace(RULES, exif_transpose=True))
+    assert np.array_equal(turned, np.rot90(pixels, -1))
+
+
+def outcome(data: bytes, decode: Callable[[bytes], NDArray[np.uint8]]) -> NDArray[np.uint8] | None:
+    try:
+        return decode(data)
+    except BadSample:
+        return None
+
+
+def test_damaged_jpegs_are_bad_exactly_when_they_are_for_pillow() -> None:
+    """Bytes flipped, cut out, put in, or missing at the end: the same verdict, and where it is good the same pixels."""
+    rng = np.random.default_rng(5)
+    by_pillow_alone = replace(RULES, exif_transpose=True)  # these images have no orientation
+    options = [{}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_blocks": 4}, {"keep_rgb": True}]
+    good = [encode(photograph(45, 37, seed), "JPEG", **options[seed % 5]) for seed in range(10)]
+    good += [encode(photograph(45, 37, seed).convert(mode), "JPEG") for seed, mode in enumerate(["L", "CMYK"])]
+    verdicts = []
+    for number in range(3000):
+        data = bytearray(good[number % len(good)])
+        at = int(rng.integers(len(data)))
+        kind = number // len(good) % 5
+        if kind == 0:
+            del data[at:]
+        elif kind == 1:
+            data[at] ^= 1 << int(rng.integers(8))
+        elif kind == 2:
+            data[int(rng.integers(300))] = int(rng.integers(256))  # in the header
+        elif kind == 3:
+            del data[at : at + int(rng.integers(1, 40))]
+        else:
+            data[at:at] = rng.bytes(7)
+        ours = outcome(bytes(data), lambda data: decode_image(data, RULES))
+        reference = outcome(bytes(data), lambda data: decode_image(data, by_pillow_alone))
+        assert (ours is None) == (reference is None)
+        assert ours is None or np.array_equal(ours, reference)
+        verdicts.append(ours is None)
+    assert 0.2 < np.mean(verdicts) < 0.8
+
+
+def test_threads_decode_as_one_does() -> None:
+    images = [encode(photograph(50, 40, seed), "JPEG", quality=80) for seed in range(20)]
+    images += [encode(photograph(50, 40, seed), "PNG") for seed in range(10)]
+    images += [encode(photograph(9, 9).convert("P"), "PNG", transparency=bytes(9)), images[0][:200], b"x"]  # warnings
+    alone = [outcome(data, lambda data: decode_image(data, RULES)) for data in images]
+    with warnings.catch_warnings(action="error"), ThreadPoolExecutor(8) as threads:
+        together = list(threads.map(lambda data: outcome(data, lambda data: decode_image(data, RULES)), images * 10))
+    for number, pixels in enumerate(together):
+        expected = alone[number % len(images)]
+        assert (pixels is None) == (expected is None)
+        assert pixels is None or np.array_equal(pixels, expected)
+
+
+def test_the_place_may_be_given() -> None:
+    for file_format in ("JPEG", "PNG"):
+        data = encode(photograph(31, 17), file_format)
+        memory = np.zeros(31 * 17 * 3 + 20, dtype=np.uint8)
+        opened = open_image(data, RULES)
+        assert (opened.height, opened.width) == (17, 31)
+        opened.decode_into(memory[7:-13].reshape(17, 31, 3))
+        assert np.array_equal(memory[7:-13].reshape(17, 31, 3), by_pillow(data))
+        assert not memory[:7].any()
+        assert not memory[-13:].any()
 
 
 def test_alpha_is_dropped() -> None:

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dino_dist.data.decode import BadSample, DecodeRules, decode_image
-from dino_dist.data.index import open_dataset
-from dino_dist.data.shard_index import index_shard
-from dino_dist.data.stream import SampleReader
+from dino_dist.data.reading.decode import BadSample, DecodeRules, decode_image
+from dino_dist.data.reading.stream import SampleReader
+from dino_dist.data.shards.index import open_dataset
+from dino_dist.data.shards.shard_index import index_shard
 from dino_dist.errors import UserError
 
 RULES = DecodeRules(max_member_bytes=2**20, max_pixels=200_000)

@@ -10,6 +10,7 @@ import pickle
 import shutil
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dino_dist.data.index import open_dataset
-from dino_dist.data.shard_index import NO_LABEL, UNREADABLE_LABEL, index_shard
+from dino_dist.data.shards.index import open_dataset
+from dino_dist.data.shards.shard_index import NO_LABEL, UNREADABLE_LABEL, index_shard
 from dino_dist.errors import StopAsked, UserError
 
 
@@ -121,6 +122,23 @@ def test_ambiguous_samples_are_refused(tmp_path: Path, members: list[tuple[str, 
     write_tar(tmp_path / "x.tar", members)
     with pytest.raises(UserError, match=says):
         index_shard(tmp_path / "x.tar")
+
+
+@pytest.mark.parametrize("size", [0, 1, 511, 2**20, 2**20 + 1, 3 * 2**20])
+def test_the_checksum_is_that_of_the_image(tmp_path: Path, size: int) -> None:
+    data = np.random.default_rng(size).bytes(size)
+    write_tar(tmp_path / "x.tar", [("a.cls", b"1"), ("a.jpg", data), ("b.jpg", b"other")])
+    assert index_shard(tmp_path / "x.tar").records["crc32"].tolist() == [zlib.crc32(data), zlib.crc32(b"other")]
+
+
+def test_an_index_of_another_version_is_one_line(folder: Path, fallback: Path) -> None:
+    open_dataset(str(folder), fallback_dir=fallback)
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace('"version": 2', '"version": 1'))
+    with pytest.raises(UserError, match=r"manifest\.json is a shard manifest of version 1, .* reads 2; delete it"):
+        open_dataset(str(folder), fallback_dir=fallback)
+    (folder / "manifest.json").unlink()
+    assert open_dataset(str(folder), fallback_dir=fallback).num_samples == 8
 
 
 def test_ids_run_through_the_shards(folder: Path, fallback: Path) -> None:
@@ -292,11 +310,11 @@ class _Trap:
         "{",
         "[]",
         "null",
-        '{"version": 2, "shards": []}',
-        '{"version": 1}',
-        '{"version": 1, "shards": 5}',
-        '{"version": 1, "shards": [5]}',
-        '{"version": 1, "shards": [{"name": "000.tar"}]}',
+        '{"version": "2", "shards": []}',
+        '{"version": 2}',
+        '{"version": 2, "shards": 5}',
+        '{"version": 2, "shards": [5]}',
+        '{"version": 2, "shards": [{"name": "000.tar"}]}',
         "[" * 100_000,
         "\ud800",
     ],

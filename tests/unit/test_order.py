@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import pickle
-from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from dino_dist.data.order import Order, micro_slices, rank_slice
+from dino_dist.data.order.order import Order, micro_slices, rank_slice
 
 
 def make_order(counts: list[int], seed: int = 0, shards_per_block: int = 3) -> Order:
@@ -33,7 +34,7 @@ def test_exactly_once_an_epoch(batch_size: int, size: int, num_workers: int, acc
             order = workers[rank][step % num_workers]
             start, stop = rank_slice(step * batch_size, (step + 1) * batch_size, rank, size)
             for first, last in micro_slices(stop - start, accumulate):
-                epochs, ids = order.ids(start + first, start + last)
+                epochs, ids, _ = order.ids(start + first, start + last)
                 stream += zip(epochs.tolist(), ids.tolist(), strict=True)
         step += 1
     for epoch in range(3):
@@ -44,14 +45,14 @@ def test_exactly_once_an_epoch(batch_size: int, size: int, num_workers: int, acc
 
 @pytest.mark.parametrize("shards_per_block", [1, 2, 3, 7, 100])
 def test_any_part_is_the_part_of_the_whole(shards_per_block: int) -> None:
-    whole_epochs, whole_ids = make_order(COUNTS, shards_per_block=shards_per_block).ids(0, 200)
+    whole = make_order(COUNTS, shards_per_block=shards_per_block).ids(0, 200)
     rng = np.random.default_rng(1)
     reader = make_order(COUNTS, shards_per_block=shards_per_block)
     for _ in range(100):
         start, stop = sorted(rng.integers(0, 201, 2).tolist())
-        epochs, ids = reader.ids(start, stop)
-        assert np.array_equal(ids, whole_ids[start:stop])
-        assert np.array_equal(epochs, whole_epochs[start:stop])
+        part = reader.ids(start, stop)
+        assert all(np.array_equal(some, all_of_them[start:stop]) for some, all_of_them in zip(part, whole, strict=True))
+        assert not part.replicas.any()
 
 
 def test_a_copy_continues_alike_and_carries_no_permutations() -> None:
@@ -59,21 +60,21 @@ def test_a_copy_continues_alike_and_carries_no_permutations() -> None:
     before = order.ids(0, 10)
     blob = pickle.dumps(order)
     assert len(blob) < 2000
-    assert np.array_equal(pickle.loads(blob).ids(0, 10)[1], before[1])
+    assert np.array_equal(pickle.loads(blob).ids(0, 10).sample_ids, before.sample_ids)
 
 
 def test_epochs_and_seeds_differ() -> None:
     num_samples = sum(COUNTS)
     order = make_order(COUNTS)
-    epochs = [order.ids(e * num_samples, (e + 1) * num_samples)[1] for e in range(3)]
-    other = make_order(COUNTS, seed=1).ids(0, num_samples)[1]
+    epochs = [order.ids(e * num_samples, (e + 1) * num_samples).sample_ids for e in range(3)]
+    other = make_order(COUNTS, seed=1).ids(0, num_samples).sample_ids
     for one, two in [(epochs[0], epochs[1]), (epochs[1], epochs[2]), (epochs[0], other)]:
         assert np.mean(one == two) < 0.3
 
 
 def test_a_block_mixes_its_shards_and_no_others() -> None:
     order = make_order([100] * 12, shards_per_block=4)
-    shards = order.ids(0, 1200)[1] // 100
+    shards = order.ids(0, 1200).sample_ids // 100
     blocks = [shards[start : start + 400] for start in (0, 400, 800)]
     assert sorted(s for block in blocks for s in set(block.tolist())) == list(range(12))
     for block in blocks:
@@ -85,7 +86,7 @@ def test_a_block_mixes_its_shards_and_no_others() -> None:
 def test_positions_late_in_a_long_run_cost_one_block() -> None:
     order = make_order([100] * 10_000, shards_per_block=4)
     start = 799 * order.samples_per_epoch + 123_456
-    epochs, ids = order.ids(start, start + 1000)
+    epochs, ids, _ = order.ids(start, start + 1000)
     assert set(epochs.tolist()) == {799}
     assert len(set(ids.tolist())) == 1000
     assert len(order._blocks) <= 4
@@ -94,7 +95,40 @@ def test_positions_late_in_a_long_run_cost_one_block() -> None:
 def test_the_order_is_what_it_was() -> None:
     """Golden: a change here changes every run that is resumed."""
     order = Order(shard_counts=np.array([3, 2, 4]), seed=7, shards_per_block=2)
-    assert order.ids(0, 18)[1].tolist() == [5, 4, 3, 7, 6, 8, 2, 0, 1, 4, 8, 3, 5, 7, 6, 2, 0, 1]
+    assert order.ids(0, 18).sample_ids.tolist() == [5, 4, 3, 7, 6, 8, 2, 0, 1, 4, 8, 3, 5, 7, 6, 2, 0, 1]
+    large = Order(shard_counts=np.full(50, 1000), seed=11, shards_per_block=16)
+    first = [45672, 31502, 28846, 22821, 5522, 38240, 22396, 5012, 22626, 32186, 532, 39922]
+    epochs, ids, _ = large.ids(25_000, 150_005)
+    assert ids[:12].tolist() == first
+    digest = hashlib.sha256(np.stack([epochs, ids]).astype("<i8").tobytes()).hexdigest()
+    assert digest[:16] == "5a8af744f16c84fe"
+
+
+@pytest.mark.parametrize("shards_per_block", [1, 3, 100])
+def test_the_shards_to_come_are_those_that_are_read(shards_per_block: int) -> None:
+    """From any position, across epochs: the block at hand in exact order, each later block's shards together."""
+    order = make_order(COUNTS, shards_per_block=shards_per_block)
+    shard_of = np.repeat(np.arange(len(COUNTS)), COUNTS)
+    for position in range(0, 100):
+        read = shard_of[order.ids(position, position + 2 * sum(COUNTS)).sample_ids]
+        promised = order.shards_from(position, 100)
+        assert sorted(promised) == list(range(len(COUNTS)))
+        uses = order.first_uses(position)
+        for at, shard in itertools.islice(uses, 12):
+            assert shard in read[at - position :][: shards_per_block * max(COUNTS)]
+        first_used = list(dict.fromkeys(read.tolist()))
+        exact = 1 if shards_per_block > 1 else len(COUNTS)  # one shard a block leaves no choice
+        for count in range(1, len(COUNTS) + 1):
+            assert order.shards_from(position, count) == promised[:count]
+        assert promised[:exact] == first_used[:exact]
+
+
+def test_a_part_of_a_mixture_is_shuffled_in_its_own_way() -> None:
+    orders = [Order(shard_counts=np.full(5, 20), seed=3, shards_per_block=2, part=part) for part in range(3)]
+    ids = [order.ids(0, 100).sample_ids for order in orders]
+    assert all(sorted(some.tolist()) == list(range(100)) for some in ids)
+    assert not any(np.array_equal(one, other) for one, other in itertools.combinations(ids, 2))
+    assert np.array_equal(ids[0], Order(shard_counts=np.full(5, 20), seed=3, shards_per_block=2).ids(0, 100).sample_ids)
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 64])
@@ -103,7 +137,7 @@ def test_slices_are_even_and_join(count: int, size: int) -> None:
     slices = [rank_slice(100, 100 + count, rank, size) for rank in range(size)]
     assert slices[0][0] == 100
     assert slices[-1][1] == 100 + count
-    assert all(one[1] == two[0] for one, two in pairwise(slices))
+    assert all(one[1] == two[0] for one, two in itertools.pairwise(slices))
     lengths = {stop - start for start, stop in slices}
     assert max(lengths) - min(lengths) <= 1
     assert micro_slices(count, size) == [(start - 100, stop - 100) for start, stop in slices]
@@ -117,5 +151,7 @@ def test_impossible_arguments() -> None:
             make_order(counts)
     with pytest.raises(ValueError, match="start"):
         make_order([5]).ids(3, 2)
+    with pytest.raises(ValueError, match="part"):
+        Order(shard_counts=np.array([1]), seed=0, shards_per_block=1, part=2**16)
     with pytest.raises(ValueError, match="rank"):
         rank_slice(0, 5, 2, 2)

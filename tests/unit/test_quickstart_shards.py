@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dino_dist.data.index import open_dataset
+from dino_dist.data.shards.index import open_dataset
 from launch.quickstart import build_digit_shards
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dino_dist.data.shard_list import list_shards
+from dino_dist.data.shards.shard_list import list_shards
 from dino_dist.errors import UserError
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dino_dist.data.sources import find_sources
+from dino_dist.data.prepare.sources import find_sources
 from dino_dist.errors import UserError
 
 

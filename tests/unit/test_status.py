@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dino_dist.config_file import load_config, to_yaml
-from dino_dist.data.index import open_dataset
+from dino_dist.data.shards.index import open_dataset
 from dino_dist.errors import UserError
 from dino_dist.ledger import JsonLines, Ledger
 from dino_dist.manifest import STATE, folder_name

@@ -6,15 +6,19 @@ import io
 import os
 import pickle
 import tarfile
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dino_dist.data.decode import DecodeRules
-from dino_dist.data.index import open_dataset
-from dino_dist.data.stream import BadRecord, Sample, SampleReader
+from dino_dist.data.reading.decode import DecodeRules
+from dino_dist.data.reading.stream import BadRecord, Sample, SampleReader
+from dino_dist.data.shards.index import open_dataset
 from dino_dist.errors import UserError
 
 RULES = DecodeRules(max_member_bytes=2**20, max_pixels=10**6)
@@ -106,3 +110,63 @@ def test_open_files_are_bounded(tmp_path: Path) -> None:
     reader.close()
     assert len(os.listdir("/proc/self/fd")) <= before + 64
     assert (reader.read(7).pixels == 7).all()
+
+
+def test_many_threads_read_as_one(tmp_path: Path) -> None:
+    shards = [[png(shard * 5 + row) if (shard + row) % 4 else b"bad" for row in range(5)] for shard in range(30)]
+    reader = make_reader(tmp_path / "s", shards)
+    ids = [int(sample_id) for sample_id in np.random.default_rng(0).permutation(150)]
+    alone = {sample_id: reader.read(sample_id) for sample_id in ids}
+    fresh = pickle.loads(pickle.dumps(reader))
+    with ThreadPoolExecutor(8) as threads:
+        for sample_id, sample in zip(ids, threads.map(fresh.read, ids), strict=True):
+            assert np.array_equal(sample.pixels, alone[sample_id].pixels)
+            assert (sample.label, sample.bad) == (alone[sample_id].label, alone[sample_id].bad)
+
+
+def test_decoding_to_a_place_is_reading(tmp_path: Path) -> None:
+    """Also where pixels turn out bad after the header was good: the stand-in goes there if it has the same shape."""
+    cut = png(9)[:-30]
+    wide = io.BytesIO()
+    Image.fromarray(np.full((2, 9, 3), 8, dtype=np.uint8)).save(wide, "PNG")
+    reader = make_reader(tmp_path / "s", [[png(0), cut, png(2), cut, wide.getvalue(), b"bad", cut]])
+    for sample_id in range(7):
+        expected = reader.read(sample_id)
+        opened = reader.open(sample_id)
+        assert opened.asked_id == sample_id
+        place = np.full((opened.image.height, opened.image.width, 3), 77, dtype=np.uint8)
+        sample = reader.decode_into(opened, place)
+        assert np.array_equal(sample.pixels, expected.pixels)
+        assert (sample.label, sample.bad) == (expected.label, expected.bad)
+        assert (sample.pixels is place) == (sample_id != 3)  # whose stand-in is wide
+    assert [record.sample_id for record in reader.read(5).bad] == [5, 6]
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """Bytes that are nobody's shard; the last one asked for is kept."""
+
+    asked: list[tuple[int, int, int]]
+
+    def read(self, shard: int, offset: int, size: int, crc32: int) -> bytes:
+        data = png(100 + shard)
+        self.asked.append((shard, size, crc32))
+        return data
+
+    def will_need(self, shards: Sequence[int]) -> None:
+        self.asked.extend((shard, 0, 0) for shard in shards)
+
+    def close(self) -> None:
+        self.asked.clear()
+
+
+def test_the_source_of_bytes_may_be_another(tmp_path: Path) -> None:
+    dataset = make_reader(tmp_path / "s", [[png(0)], [png(1), png(2)]]).dataset
+    source = Elsewhere([])
+    reader = SampleReader(dataset=dataset, rules=RULES, source=source)
+    assert (reader.read(2).pixels == 101).all()
+    assert source.asked == [(1, len(png(2)), zlib.crc32(png(2)))]
+    reader.will_need([1, 0])
+    assert source.asked[1:] == [(1, 0, 0), (0, 0, 0)]
+    reader.close()
+    assert source.asked == []

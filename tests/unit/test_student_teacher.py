@@ -18,8 +18,8 @@ from dino_dist.config import (
     ModelSection,
     ParallelSection,
     TrainSection,
-    check,
 )
+from dino_dist.config_checks import check
 from dino_dist.dist import World
 from dino_dist.student_teacher import StudentTeacher
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dino_dist.data.tar_members import Member, read_members
+from dino_dist.data.shards.tar_members import FileArchive, Member, read_members
 from dino_dist.errors import UserError
 
 
@@ -28,7 +28,7 @@ def write_tar(path: Path, entries: list[tarfile.TarInfo | tuple[str, bytes]], ta
 def members_of(path: Path) -> list[Member]:
     fd = os.open(path, os.O_RDONLY)
     try:
-        return list(read_members(fd, path.name))
+        return list(read_members(FileArchive(fd), path.name))
     finally:
         os.close(fd)
 

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dino_dist.config import AugmentSection, Config, DataSection
-from dino_dist.data.loader import Batch
+from dino_dist.data.loading.batch import Batch
+from dino_dist.data.order.order import StreamIds
 from dino_dist.randomness import drop_path_uniforms
 from dino_dist.views import ViewDescription, ViewRenderer, view_recipes
 
@@ -28,12 +29,18 @@ def sizes_of(num: int) -> NDArray[np.int64]:
 
 
 def description(rates: tuple[float, ...] = RATES, augment: AugmentSection = SMALL, seed: int = 7) -> ViewDescription:
-    return ViewDescription(recipes=tuple(view_recipes(augment)), seed=seed, drop_path_rates=rates)
+    return ViewDescription(
+        recipes=tuple(view_recipes(augment)), seed=seed, share_jitter=augment.share_jitter, drop_path_rates=rates
+    )
+
+
+def stream(ids: NDArray[np.int64], epochs: NDArray[np.int64]) -> StreamIds:
+    return StreamIds(epochs=epochs, sample_ids=ids, replicas=np.zeros_like(ids))
 
 
 def factors(ids: NDArray[np.int64], *, epoch: int = 0, seed: int = 7) -> Tensor:
     """[depth, 2, views, n]"""
-    described = description(seed=seed)(ids, np.full_like(ids, epoch), sizes_of(len(ids)))
+    described = description(seed=seed)(stream(ids, np.full_like(ids, epoch)), sizes_of(len(ids)))
     return described["drop_path"].reshape(len(RATES), 2, 2 + SMALL.local_crops, len(ids))
 
 
@@ -70,6 +77,7 @@ def test_every_setting_reaches_its_recipe() -> None:
         blur_local_p=0.21,
         blur_sigma_px=(0.5, 0.6),
         solarize_global_2_p=0.22,
+        aspect_ratio=(0.7, 1.1),
     )
     first, second, local = view_recipes(augment)
     common = {"flip_p": 0.11, "jitter_p": 0.12, "brightness": 0.13, "contrast": 0.14, "saturation": 0.15, "hue": 0.16}
@@ -78,11 +86,11 @@ def test_every_setting_reaches_its_recipe() -> None:
         (second, {"size_px": 32, "scale": (0.3, 0.9), "blur_p": 0.19, "solarize_p": 0.22}),
         (local, {"size_px": 12, "scale": (0.1, 0.3), "blur_p": 0.21, "solarize_p": 0.0}),
     ):
-        assert recipe == replace(recipe, **common, **changed, gray_p=0.17, blur_sigma_px=(0.5, 0.6))  # type: ignore[arg-type]
+        assert recipe == replace(recipe, **common, **changed, gray_p=0.17, ratio=(0.7, 1.1), blur_sigma_px=(0.5, 0.6))  # type: ignore[arg-type]
 
 
 def test_without_rates_nothing_is_drawn() -> None:
-    described = description(rates=(0.0, 0.0))(ids_of(1, 2), ids_of(0, 0), sizes_of(2))
+    described = description(rates=(0.0, 0.0))(stream(ids_of(1, 2), ids_of(0, 0)), sizes_of(2))
     assert described.keys() == {"crops"}
     assert described["crops"].shape[:2] == (5, 2)
 
@@ -107,7 +115,7 @@ def test_branches_are_dropped_at_their_rates() -> None:
 
 def test_blocks_branches_and_views_are_drawn_apart() -> None:
     """With a rate of one half, two independent rows agree in half of the samples."""
-    described = description(rates=(0.5, 0.5))(np.arange(2000), np.zeros(2000, dtype=np.int64), sizes_of(2000))
+    described = description(rates=(0.5, 0.5))(stream(np.arange(2000), np.zeros(2000, dtype=np.int64)), sizes_of(2000))
     rows = (described["drop_path"].reshape(2, 2, 5, 2000) == 0).flatten(0, 2).double()
     agreement = (rows @ rows.T + (1 - rows) @ (1 - rows).T) / 2000
     others = agreement[~torch.eye(len(rows), dtype=torch.bool)]
@@ -129,7 +137,7 @@ def test_factors_change_with_epoch_and_seed() -> None:
 
 def test_factors_are_crop_major_and_come_from_the_named_draws() -> None:
     ids = ids_of(3, 4)
-    described = description()(ids, ids_of(0, 1), sizes_of(2))["drop_path"]
+    described = description()(stream(ids, ids_of(0, 1)), sizes_of(2))["drop_path"]
     for view in range(5):
         for index, (sample, epoch) in enumerate(zip((3, 4), (0, 1), strict=True)):
             uniforms = drop_path_uniforms(7, ids_of(epoch), ids_of(sample), view, 3)[0]
@@ -152,9 +160,9 @@ def batch_of(augment: AugmentSection, ids: tuple[int, ...]) -> Batch:
         sample_ids=torch.from_numpy(ids_of(*ids)),
         epochs=torch.from_numpy(epochs),
         labels=torch.full((len(ids),), -1),
+        replicas=torch.zeros(len(ids), dtype=torch.int64),
         step=0,
-        position=0,
-        extra=description(augment=augment)(ids_of(*ids), epochs, sizes),
+        extra=description(augment=augment)(stream(ids_of(*ids), epochs), sizes),
     )
 
 
@@ -188,3 +196,23 @@ def test_an_images_views_do_not_depend_on_its_neighbours() -> None:
     assert alone.local_crops is not None
     torch.testing.assert_close(whole.global_crops[1::3], alone.global_crops, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(whole.local_crops[1::3], alone.local_crops, rtol=1e-5, atol=1e-5)
+
+
+def test_a_repeat_of_a_sample_drops_other_branches() -> None:
+    ids, zeros = np.full(60, 5, dtype=np.int64), np.zeros(60, dtype=np.int64)
+    repeats = description()(StreamIds(epochs=zeros, sample_ids=ids, replicas=np.arange(60)), sizes_of(60))["drop_path"]
+    assert len(repeats.flatten(0, 1).T.reshape(5, 60, -1)[0].unique(dim=0)) > 5
+    assert torch.equal(repeats.unflatten(2, (5, 60))[..., 0], factors(ids_of(5))[..., 0])
+
+
+def test_a_teacher_may_be_spared_all_colors() -> None:
+    """Both networks see the same crops, the teacher's unchanged in colour."""
+    colorful = replace(SMALL, jitter_p=1.0, gray_p=1.0)
+    views = renderer(replace(colorful, teacher_sees_colors=False))(batch_of(colorful, (1, 2, 3)))
+    plain = replace(SMALL, jitter_p=0.0, gray_p=0.0, solarize_global_2_p=0.0)
+    plain = replace(plain, blur_global_1_p=0.0, blur_global_2_p=0.0, blur_local_p=0.0)
+    expected = renderer(plain)(batch_of(plain, (1, 2, 3)))
+    torch.testing.assert_close(views.teacher_crops, expected.global_crops, rtol=1e-5, atol=1e-5)
+    usual = renderer(colorful)(batch_of(colorful, (1, 2, 3)))
+    assert torch.equal(views.global_crops, usual.global_crops)
+    assert usual.teacher_crops is usual.global_crops

@@ -1,0 +1,207 @@
+"""Batches in stream order, read and decoded ahead by a process beside the rank; who reads never shows in a batch.
+
+`num_workers` threads of that process fill a ring of `buffer_bytes` with whole micro-batches and wait while it is full.
+Batches are copies on the device and own their memory. The process holds no state that matters: what it prepared may be
+thrown away at any time.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Generator
+from contextlib import closing, suppress
+from functools import partial
+from multiprocessing.reduction import send_handle
+
+import numpy as np
+import torch
+
+from dino_dist.data.loading.batch import Batch
+from dino_dist.data.loading.batch_copies import batch_copies
+from dino_dist.data.loading.decode_process import Crashed, DecodeJob, Placed, Refused, serve
+from dino_dist.data.loading.ring import Bytes, mapped, shared_memory
+from dino_dist.data.loading.worker_process import forkserver_context
+from dino_dist.data.order.order import SampleOrder, StreamIds
+from dino_dist.data.order.step_plan import Describe, StepPlan
+from dino_dist.data.reading.stream import SampleReader
+from dino_dist.errors import RunFailed, UserError
+
+__all__ = ["Batch", "Describe", "make_loader", "read_batch"]
+
+_CPU = torch.device("cpu")
+_END_S = 5.0
+"""How long the decoding process may take to close its files before it is told to end at once."""
+
+
+def make_loader(
+    *,
+    reader: SampleReader,
+    order: SampleOrder,
+    batch_size: int,
+    rank: int,
+    size: int,
+    accumulate: int = 1,
+    start_step: int,
+    stop_step: int,
+    num_workers: int,
+    buffer_bytes: int,
+    device: torch.device = _CPU,
+    describe: Describe | None = None,
+) -> Generator[list[Batch], None, None]:
+    """The rank's batches of the steps [start_step, stop_step), in order: one list of `accumulate` batches a step.
+
+    `batch_size` is that of all ranks; pixels and extras are on `device`, and a batch is the caller's for good. Without
+    workers the calling process decodes when asked, and `buffer_bytes` is not used. On CUDA the next step is copied
+    while one is computed. `close()`, or dropping the generator, ends its process.
+    `UserError`, here or while iterating, for a share too small to accumulate, unreadable shards, a micro-batch that
+    is larger than the buffer, or a buffer that the memory does not hold; `RunFailed` if the process was killed.
+    """
+    plan = StepPlan(order=order, batch_size=batch_size, rank=rank, size=size, accumulate=accumulate)
+    job = DecodeJob(
+        reader=reader,
+        plan=plan,
+        describe=describe,
+        start_step=start_step,
+        stop_step=stop_step,
+        num_threads=num_workers,
+    )
+    return _read_ahead(job, buffer_bytes, device) if num_workers else _read_here(job, device)
+
+
+def read_batch(
+    reader: SampleReader,
+    ids: StreamIds,
+    *,
+    step: int = 0,
+    describe: Describe | None = None,
+    device: torch.device = _CPU,
+) -> Batch:
+    """One batch of these samples, read and decoded by the calling thread; errors as `make_loader`."""
+    samples = [reader.read(sample_id) for sample_id in ids.sample_ids.tolist()]
+    sizes = np.array([sample.pixels.shape[:2] for sample in samples], dtype=np.int64).reshape(-1, 2)
+    pixels = np.concatenate([np.empty(0, dtype=np.uint8), *(sample.pixels.reshape(-1) for sample in samples)])
+    return Batch(
+        pixels=torch.from_numpy(pixels),
+        sizes=torch.from_numpy(sizes),
+        sample_ids=torch.tensor(ids.sample_ids),
+        epochs=torch.tensor(ids.epochs),
+        replicas=torch.tensor(ids.replicas),
+        labels=torch.tensor([sample.label for sample in samples], dtype=torch.int64),
+        step=step,
+        bad=tuple(record for sample in samples for record in sample.bad),
+        store=reader.store_counts(),
+        extra=describe(ids, sizes) if describe is not None else {},
+    ).to(device)
+
+
+def _read_here(job: DecodeJob, device: torch.device) -> Generator[list[Batch], None, None]:
+    for step in range(job.start_step, job.stop_step):
+        parts = job.plan.micro_batches(step)
+        yield [read_batch(job.reader, ids, step=step, describe=job.describe, device=device) for ids in parts]
+
+
+def _read_ahead(job: DecodeJob, buffer_bytes: int, device: torch.device) -> Generator[list[Batch], None, None]:
+    accumulate = job.plan.accumulate
+    left = max(0, job.stop_step - job.start_step) * accumulate
+    if not left:
+        return
+    with closing(_DataProcess(job, buffer_bytes)) as beside, closing(batch_copies(device, beside.memory)) as copies:
+        ready: deque[Batch] = deque()
+
+        def next_step() -> list[Batch]:
+            copies.release_done(wait=False)
+            while len(ready) < accumulate:
+                if not beside.has_one():
+                    copies.release_done(wait=True)  # the process may be waiting for room
+                ready.append(copies.copy(*beside.receive()))
+            batches = [ready.popleft() for _ in range(accumulate)]
+            copies.hand_over(batches)
+            while copies.runs_aside and len(ready) < min(left, accumulate) and beside.has_one():
+                ready.append(copies.copy(*beside.receive()))
+            return batches
+
+        while left:
+            left -= accumulate
+            yield next_step()  # not held here: the caller decides how long its memory is in use
+
+
+class _DataProcess:
+    """The decoding process as the rank sees it: whole micro-batches come, room goes back."""
+
+    def __init__(self, job: DecodeJob, buffer_bytes: int) -> None:
+        memory_fd = shared_memory(buffer_bytes)
+        try:
+            self.memory: Bytes = mapped(memory_fd)
+            context = forkserver_context()
+            self._connection, theirs = context.Pipe()
+            self._process = context.Process(target=serve, args=(job, theirs), name="data", daemon=True)
+            self._process.start()
+            theirs.close()
+            assert self._process.pid is not None, "it was started"
+            with suppress(ConnectionError):  # it is dead already: said when a batch is asked for
+                send_handle(self._connection, memory_fd, self._process.pid)
+        finally:
+            os.close(memory_fd)
+
+    def has_one(self) -> bool:
+        """Whether `receive` would not wait."""
+        return self._connection.poll()
+
+    def receive(self) -> tuple[Batch, Callable[[], None]]:
+        """The next micro-batch, on loan from the ring, and what to call to end the loan."""
+        try:
+            message = self._connection.recv()
+        except (EOFError, ConnectionError):
+            raise self._why_it_ended() from None
+        if isinstance(message, Refused):
+            raise UserError(message.message)
+        if isinstance(message, Crashed):
+            raise RuntimeError(f"the process that reads and decodes images failed:\n{message.traceback}")
+        return self._lent(message), partial(self._release, message.start)
+
+    def close(self) -> None:
+        """End the process, and wait until it has ended."""
+        self._connection.close()
+        self._process.join(_END_S)
+        self._process.terminate()
+        self._process.join()
+
+    def _lent(self, placed: Placed) -> Batch:
+        if placed.loose is None:
+            region = self.memory[placed.start :]
+            pixels = region[: placed.pixel_bytes]
+            extras = {
+                name: np.ndarray(shape, dtype=dtype, buffer=region, offset=at)
+                for name, (at, shape, dtype) in placed.extras.items()
+            }
+        else:
+            pixels, extras = placed.loose
+        return Batch(
+            pixels=torch.from_numpy(pixels),
+            sizes=torch.from_numpy(placed.sizes),
+            sample_ids=torch.from_numpy(placed.ids.sample_ids),
+            epochs=torch.from_numpy(placed.ids.epochs),
+            replicas=torch.from_numpy(placed.ids.replicas),
+            labels=torch.from_numpy(placed.labels),
+            step=placed.step,
+            bad=placed.bad,
+            store=placed.store,
+            extra={name: torch.from_numpy(array) for name, array in extras.items()},
+        )
+
+    def _release(self, start: int) -> None:
+        with suppress(ConnectionError):  # it has ended: said when the next batch is asked for
+            self._connection.send(start)
+
+    def _why_it_ended(self) -> Exception:
+        self._process.join(_END_S)
+        code = self._process.exitcode
+        what = f"the process that reads and decodes images (pid {self._process.pid})"
+        if code is not None and code < 0:
+            return RunFailed(
+                f"{what} was killed by {signal.Signals(-code).name}: by the kernel, if the memory of the machine or "
+                "of the job ran out (see data.buffer_mib); the same command goes on from the last checkpoint"
+            )
+        return RuntimeError(f"{what} ended with exit code {code}; see what it said")

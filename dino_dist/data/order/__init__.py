@@ -1,0 +1,1 @@
+"""Which samples stand where in the stream: epochs, mixtures, selections, the share of a rank."""

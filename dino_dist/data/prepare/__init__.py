@@ -1,0 +1,1 @@
+"""Making shards and checking them, before a run."""

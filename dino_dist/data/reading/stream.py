@@ -1,0 +1,202 @@
+"""Reading samples by their global id: bytes at an offset of a shard, decoded, with a stand-in for each bad one."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dino_dist.data.reading.decode import BadSample, DecodeRules, OpenedImage, Pixels, open_image
+from dino_dist.data.reading.shard_bytes import ShardBytes, StoreCounts
+from dino_dist.data.shards.index import DatasetIndex
+from dino_dist.data.shards.tar_members import printable
+from dino_dist.errors import UserError
+
+
+class ByteSource(Protocol):
+    """Where the bytes of samples come from; for several threads at once, and picklable."""
+
+    def read(self, shard: int, offset: int, size: int, crc32: int) -> bytes:
+        """`size` bytes at `offset` of a shard with this CRC-32.
+
+        `UserError` if the shard is gone or has changed, `BadSample` if it was cut short or damaged.
+        """
+        ...
+
+    def will_need(self, shards: Sequence[int]) -> None:
+        """A hint that these shards are read next, in this order."""
+        ...
+
+    def close(self) -> None:
+        """Let go of files and connections; reading takes new ones."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadRecord:
+    """A sample that could not be used, for the count, the list and the ledger."""
+
+    sample_id: int
+    shard: str
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What was read for one id."""
+
+    pixels: Pixels
+    """RGB, uint8 [height, width, 3]."""
+    label: int
+    """Negative: none (see `shard_index`)."""
+    bad: tuple[BadRecord, ...] = ()
+    """The samples in whose place this one stands: the one asked for first, if any."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OpenedSample:
+    """What was read for one id, up to the header of its image."""
+
+    asked_id: int
+    """Whose place it takes."""
+    own_id: int
+    image: OpenedImage
+    label: int
+    bad: tuple[BadRecord, ...] = ()
+    """As in `Sample`."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SampleReader:
+    """Reads samples of a data set by id, in any order and from any number of threads.
+
+    A bad sample is replaced by the next of the same shard (after the last comes the first), which is again a function
+    of the id alone; where `members` is given, by the next of those. To decode an image where its pixels are wanted,
+    `open` it, then `decode_into`; `read` does both.
+    """
+
+    dataset: DatasetIndex
+    rules: DecodeRules
+    source: ByteSource | None = None
+    """None: the shards where the data set says they are, with the usual options."""
+    members: Callable[[int], NDArray[np.int64]] | None = None
+    """Ids of a shard's samples that may stand in for others, ascending; picklable. None: all."""
+    max_substitutes: int = 16
+    """After this many bad samples in a row the shard is given up, with `UserError`."""
+    _source: ByteSource = field(init=False, repr=False)
+    _first_ids: list[int] = field(init=False, repr=False)
+    """Those of the data set: looking one id up in an array would cost more than reading its bytes."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_source", self.source or ShardBytes(dataset=self.dataset))
+        object.__setattr__(self, "_first_ids", self.dataset.first_ids.tolist())
+
+    def read(self, sample_id: int) -> Sample:
+        """The sample with this id or its stand-in.
+
+        `UserError` if the shard is gone, has changed since it was indexed, or has too many bad samples in a row.
+        """
+        return self.decode(self.open(sample_id))
+
+    def open(self, sample_id: int, bad: tuple[BadRecord, ...] = ()) -> OpenedSample:
+        """The first sample that has a good header, from this id on and after those known to be `bad`; as `read`."""
+        shard = self._shard_of(sample_id)
+        while len(bad) <= self.max_substitutes:
+            own_id = self._candidate(sample_id, shard, len(bad))
+            if own_id is None:
+                break
+            opened = self._open_exactly(own_id, shard, sample_id, bad)
+            if isinstance(opened, OpenedSample):
+                return opened
+            bad = (*bad, opened)
+        raise UserError(
+            f"{self.dataset.shards[shard].location}: {len(bad)} bad samples in a row from key {bad[0].key!r} on "
+            f"(first: {bad[0].reason}); replace the shard (`dino-dist shards check` lists all)"
+        )
+
+    def _candidate(self, sample_id: int, shard: int, number: int) -> int | None:
+        """What to try after so many bad samples; None once all that may stand in have been tried."""
+        if not number:
+            return sample_id
+        if self.members is None:
+            first_id, count = self._first_ids[shard], self._first_ids[shard + 1] - self._first_ids[shard]
+            return first_id + (sample_id - first_id + number) % count if number < count else None
+        ids = self.members(shard)
+        return int(ids[(np.searchsorted(ids, sample_id) + number) % len(ids)]) if number < len(ids) else None
+
+    def decode(self, opened: OpenedSample) -> Sample:
+        """The pixels of a sample that was opened, or of the next good one if they are damaged; errors as `read`."""
+        while True:
+            try:
+                return Sample(pixels=opened.image.decode(), label=opened.label, bad=opened.bad)
+            except BadSample as error:
+                opened = self.open_instead(opened, error)
+
+    def decode_into(self, opened: OpenedSample, out: Pixels) -> Sample:
+        """The same into an array that has the shape its image promised; `pixels` is another one for another shape."""
+        try:
+            opened.image.decode_into(out)
+        except BadSample as error:
+            sample = self.decode(self.open_instead(opened, error))
+            if sample.pixels.shape != out.shape:
+                return sample
+            out[...] = sample.pixels
+            return replace(sample, pixels=out)
+        return Sample(pixels=out, label=opened.label, bad=opened.bad)
+
+    def open_instead(self, opened: OpenedSample, error: BadSample) -> OpenedSample:
+        """What stands in for a sample whose header was good but whose pixels are not; errors as `read`."""
+        record = self._bad_record(opened.own_id, self._shard_of(opened.own_id), error)
+        return self.open(opened.asked_id, (*opened.bad, record))
+
+    def read_exactly(self, sample_id: int) -> Sample | BadRecord:
+        """This very sample, or why it cannot be used. `UserError` if the shard is gone or has changed."""
+        shard = self._shard_of(sample_id)
+        opened = self._open_exactly(sample_id, shard, sample_id, ())
+        if isinstance(opened, BadRecord):
+            return opened
+        try:
+            return Sample(pixels=opened.image.decode(), label=opened.label)
+        except BadSample as error:
+            return self._bad_record(sample_id, shard, error)
+
+    def store_counts(self) -> StoreCounts:
+        """What this process has asked of stores so far; zeros where all shards are local."""
+        return self._source.counts() if isinstance(self._source, ShardBytes) else StoreCounts()
+
+    def will_need(self, shards: Sequence[int]) -> None:
+        """A hint that samples of these shards are read next, soonest first."""
+        self._source.will_need(shards)
+
+    def close(self) -> None:
+        """Let go of what is open; reading opens it again."""
+        self._source.close()
+
+    def _shard_of(self, sample_id: int) -> int:
+        if not 0 <= sample_id < self._first_ids[-1]:
+            raise ValueError(f"sample_id={sample_id} must be 0..{self._first_ids[-1] - 1}")
+        return bisect_right(self._first_ids, sample_id) - 1
+
+    def _open_exactly(
+        self, sample_id: int, shard: int, asked_id: int, bad: tuple[BadRecord, ...]
+    ) -> OpenedSample | BadRecord:
+        record = self.dataset.records(shard)[sample_id - self._first_ids[shard]]
+        size = int(record["size"])
+        try:
+            if size > self.rules.max_member_bytes:
+                raise BadSample(f"{size} bytes; at most {self.rules.max_member_bytes}")
+            data = self._source.read(shard, int(record["offset"]), size, int(record["crc32"]))
+            image = open_image(data, self.rules)
+        except BadSample as error:
+            return self._bad_record(sample_id, shard, error)
+        return OpenedSample(asked_id=asked_id, own_id=sample_id, image=image, label=int(record["label"]), bad=bad)
+
+    def _bad_record(self, sample_id: int, shard: int, error: BadSample) -> BadRecord:
+        record = self.dataset.records(shard)[sample_id - self._first_ids[shard]]
+        key = printable(bytes(record["key"]))
+        return BadRecord(sample_id=sample_id, shard=self.dataset.shards[shard].name, key=key, reason=str(error))

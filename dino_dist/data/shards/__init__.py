@@ -1,0 +1,1 @@
+"""Tar shards: which there are, what lies where in them."""

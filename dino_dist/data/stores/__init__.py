@@ -1,0 +1,1 @@
+"""Shards behind a URL: how they are asked for, and what goes wrong there."""

@@ -1,0 +1,51 @@
+"""From the data section of a config to what reads it: limits of decoding, access to stores, data sets and readers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dino_dist.config import DataSection
+from dino_dist.data.order.training_set import TrainingSet, open_training_set
+from dino_dist.data.reading.decode import DecodeRules
+from dino_dist.data.reading.shard_bytes import ShardBytes, StoreOptions
+from dino_dist.data.reading.stream import SampleReader
+from dino_dist.data.shards.index import DatasetIndex, open_dataset
+from dino_dist.polling import Poll, nothing_to_poll
+
+
+def decode_rules(data: DataSection) -> DecodeRules:
+    """The limits of the config for members and images."""
+    return DecodeRules(
+        max_member_bytes=int(data.max_member_mib * 2**20),
+        max_pixels=int(data.max_image_mpx * 1_000_000),
+        dct_scale_min_px=data.dct_scale_min_px,
+    )
+
+
+def store_options(data: DataSection) -> StoreOptions:
+    """How shards behind a URL are read and kept."""
+    return StoreOptions(
+        cache_dir=data.cache_dir,
+        cache_bytes=int(data.cache_gib * 2**30),
+        max_attempts=data.store_attempts,
+        timeout_s=data.store_timeout_s,
+        prefetch_shards=data.cache_ahead_shards,
+    )
+
+
+def training_set(data: DataSection, index_dir: Path, poll: Poll = nothing_to_poll) -> TrainingSet:
+    """What `data.train` names, indexed; `poll` is called between shards and may raise."""
+    return open_training_set(data.train, fallback_dir=index_dir, store=store_options(data), poll=poll)
+
+
+def labelled_set(spec: str, data: DataSection, index_dir: Path, poll: Poll = nothing_to_poll) -> DatasetIndex:
+    """The shards of `data.eval_train` or `data.eval_test`, indexed."""
+    return open_dataset(spec, fallback_dir=index_dir, store=store_options(data), poll=poll)
+
+
+def sample_reader(samples: TrainingSet | DatasetIndex, data: DataSection) -> SampleReader:
+    """Reads the samples of a data set as the config says; what a selection leaves out stands in for nothing."""
+    dataset = samples if isinstance(samples, DatasetIndex) else samples.dataset
+    members = samples.members if isinstance(samples, TrainingSet) and samples.sets else None
+    source = ShardBytes(dataset=dataset, options=store_options(data))
+    return SampleReader(dataset=dataset, rules=decode_rules(data), source=source, members=members)

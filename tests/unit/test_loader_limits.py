@@ -1,0 +1,54 @@
+"""The line that says what bounds the loader: its figures follow from the measured cost, and it names what limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dino_dist.data.loading.loader_limits import ImageCost, limits_line, measure_images, usable_cores
+from dino_dist.data.order.order import Order
+from dino_dist.data.reading.decode import DecodeRules
+from dino_dist.data.reading.stream import SampleReader
+from dino_dist.data.shards.index import open_dataset
+
+COST = ImageCost(decode_s=0.0021, pixel_bytes=0.5625e6)
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "cores", "ranks", "expected"),
+    [
+        (4, 8, 2, "4 threads may give at most 1,900 images/s a rank (8 cores, 2 ranks: limited by threads, data.num_w"),
+        (4, 2, 1, "4 threads may give at most 950 images/s a rank (2 cores, 1 rank: limited by cores)"),
+        (2, 3, 2, "2 threads may give at most 710 images/s a rank (3 cores, 2 ranks: limited by cores)"),
+        (1, 1, 1, "1 thread may give at most 480 images/s a rank (1 core, 1 rank: limited by threads, data.num_work"),
+        (0, 4, 1, "training itself does, as data.num_workers=0, at 480 images/s a rank and no more (4 cores, 1 rank)"),
+    ],
+)
+def test_what_limits_is_named(num_workers: int, cores: int, ranks: int, expected: str) -> None:
+    line = limits_line(COST, num_workers=num_workers, cores=cores, ranks=ranks, images_per_step=64, buffer_bytes=2**28)
+    assert line.startswith("data: one image takes 2.1 ms of a core to read and decode; ")
+    assert expected in line
+    assert ("buffer 256 MiB holds about 7 steps of 35 MiB" in line) == (num_workers > 0)
+
+
+def test_a_buffer_for_less_than_a_step() -> None:
+    line = limits_line(COST, num_workers=2, cores=2, ranks=1, images_per_step=1024, buffer_bytes=2**28)
+    assert line.endswith("buffer 256 MiB holds only 47% of a step of 550 MiB")
+    small = replace(COST, pixel_bytes=100.0)
+    assert "about 1 step of" in limits_line(
+        small, num_workers=2, cores=2, ranks=1, images_per_step=10, buffer_bytes=1999
+    )
+
+
+def test_a_few_images_are_measured(tmp_path: Path, make_shards: Callable[..., Path]) -> None:
+    folder = make_shards(tmp_path / "shards", [20, 3], bad=[b"no image"])
+    dataset = open_dataset(str(folder), fallback_dir=folder)
+    reader = SampleReader(dataset=dataset, rules=DecodeRules(max_member_bytes=2**20, max_pixels=10**6))
+    order = Order(shard_counts=dataset.shard_counts, seed=0, shards_per_block=1)
+    cost = measure_images(reader, order, position=7)
+    assert cost.pixel_bytes == 8 * 8 * 3
+    assert 0 < cost.decode_s < 1
+    assert usable_cores()

@@ -1,0 +1,139 @@
+"""Bytes of local shards: from many threads, with few files open, and what damage and loss look like."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from dino_dist.data.reading.decode import BadSample
+from dino_dist.data.reading.open_files import OpenFiles
+from dino_dist.data.reading.shard_bytes import ShardBytes, StoreCounts, StoreOptions
+from dino_dist.data.shards.index import DatasetIndex, open_dataset
+from dino_dist.errors import UserError
+
+
+@pytest.fixture
+def dataset(make_shards: Callable[..., Path], tmp_path: Path) -> DatasetIndex:
+    folder = make_shards(tmp_path / "shards", [3] * 100)
+    return open_dataset(str(folder), fallback_dir=folder)
+
+
+def places_of(dataset: DatasetIndex, shard: int) -> list[tuple[int, int, int, int]]:
+    return [(shard, int(r["offset"]), int(r["size"]), int(r["crc32"])) for r in dataset.records(shard)]
+
+
+def test_threads_read_the_right_bytes_of_many_shards(dataset: DatasetIndex) -> None:
+    """More shards than files may be open, so files are closed while others read."""
+    source = ShardBytes(dataset=dataset)
+    places = [place for shard in range(100) for place in places_of(dataset, shard)] * 5
+    random.Random(0).shuffle(places)
+    before = len(os.listdir("/proc/self/fd"))
+    with ThreadPoolExecutor(16) as threads:
+        read = list(threads.map(lambda place: source.read(*place), places))
+    for place, data in zip(places, read, strict=True):
+        whole = Path(dataset.shards[place[0]].location).read_bytes()
+        assert data == whole[place[1] : place[1] + place[2]]
+    assert len(os.listdir("/proc/self/fd")) <= before + 64
+    source.close()
+    assert len(os.listdir("/proc/self/fd")) <= before
+    assert source.read(*places[0]) == read[0]
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy.read(*places[1]) == read[1]
+    assert copy.counts() == StoreCounts()
+    source.close()
+    copy.close()
+
+
+def test_damage_is_a_bad_sample_and_loss_is_an_error(dataset: DatasetIndex) -> None:
+    source = ShardBytes(dataset=dataset)
+    place = places_of(dataset, 0)[1]
+    path = Path(dataset.shards[0].location)
+    data = bytearray(path.read_bytes())
+    data[place[1] + 5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BadSample, match="not those that were indexed"):
+        source.read(*place)
+    assert source.read(*places_of(dataset, 0)[0])
+    os.truncate(dataset.shards[1].location, 700)
+    with pytest.raises(UserError, match=r"/1\.tar has 700 bytes but had \d+ when it was indexed"):
+        source.read(*places_of(dataset, 1)[0])
+    os.unlink(dataset.shards[2].location)
+    with pytest.raises(UserError, match=r"/10\.tar: No such file .* restore it"):
+        source.read(*places_of(dataset, 2)[0])
+    source.close()
+
+
+def test_a_handle_that_was_lost_is_opened_again(dataset: DatasetIndex) -> None:
+    source = ShardBytes(dataset=dataset)
+    place = places_of(dataset, 0)[0]
+    expected = source.read(*place)
+    targets = {fd: os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")}
+    (opened,) = [fd for fd, target in targets.items() if target == os.path.realpath(dataset.shards[0].location)]
+    # What reading by a lost handle gives: an error of the system (here that of a descriptor of another kind).
+    read_end, write_end = os.pipe()
+    os.dup2(write_end, int(opened))
+    assert source.read(*place) == expected
+    source.close()
+    os.close(read_end)
+    os.close(write_end)
+
+
+def test_a_file_that_is_read_is_not_closed(tmp_path: Path) -> None:
+    for key in range(3):
+        (tmp_path / str(key)).write_bytes(b"%d" % key)
+    files = OpenFiles(1, lambda key: os.open(tmp_path / str(key), os.O_RDONLY))
+    with files.lease(0) as fd:
+        with files.lease(1) as other:
+            assert os.pread(other, 1, 0) == b"1"
+        files.close()
+        assert os.pread(fd, 1, 0) == b"0"
+    with pytest.raises(OSError, match="Bad file"):
+        os.pread(fd, 1, 0)
+
+
+def test_threads_that_want_one_file_open_it_once(tmp_path: Path) -> None:
+    (tmp_path / "0").write_bytes(b"0")
+    opened: list[int] = []
+
+    def open_file(key: int) -> int:
+        opened.append(key)
+        if len(opened) == 1:
+            raise PermissionError("the first who tries fails, the next one tries again")
+        return os.open(tmp_path / "0", os.O_RDONLY)
+
+    files = OpenFiles(4, open_file)
+    all_here = threading.Barrier(8)
+
+    def read(_: int) -> bytes:
+        all_here.wait(30)
+        try:
+            with files.lease(0) as fd:
+                return os.pread(fd, 1, 0)
+        except PermissionError:
+            return b"failed"
+
+    with ThreadPoolExecutor(8) as threads:
+        assert sorted(threads.map(read, range(8))) == [b"0"] * 7 + [b"failed"]
+    assert len(opened) == 2
+    files.close()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("cache_bytes", 0), ("max_attempts", 0), ("timeout_s", 0.0), ("timeout_s", 1e9), ("prefetch_shards", -1)],
+)
+def test_impossible_options_are_named(field: str, value: float) -> None:
+    with pytest.raises(UserError, match=rf"^{field}=.* must be"):
+        StoreOptions(**{field: value})
+
+
+def test_counts_of_processes_add_up() -> None:
+    total = StoreCounts(retries=2, bytes_received=10) + StoreCounts(retries=1, cache_hits=4)
+    assert total == StoreCounts(retries=3, bytes_received=10, cache_hits=4)
