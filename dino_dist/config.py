@@ -56,7 +56,8 @@ class DataSection:
     num_workers: int = _number(4, at_least=0)
     """Decoding threads of a rank, in a process beside it; 0 decodes in the training process."""
     buffer_mib: int = _number(512, at_least=1)
-    """Decoded images a rank holds ready, at most; reading waits while it is full. An evaluation takes as much again."""
+    """Decoded images a rank holds ready; reading waits while it is full. An evaluation takes as much again; a
+    micro-batch that does not fit travels alone, beside it."""
     shards_per_block: int = _number(16, at_least=1)
     """Samples are shuffled within blocks of this many shuffled shards; larger is more random, smaller seeks less."""
     max_bad_fraction: float = _number(0.001, **_PROBABILITY)
@@ -178,9 +179,10 @@ class AugmentSection:
     share_jitter: bool = False
     """Jitter and grayscale once on the whole image instead of on each crop (DINOv3's share_color_jitter)."""
     teacher_sees_colors: bool = True
-    """false: the teacher's global crops are cut and mirrored only (DINOv3's teacher_no_color_jitter)."""
+    """false: the teacher's global crops are only cut (from the jittered image with `share_jitter`) and mirrored, with
+    no jitter, grayscale, blur or solarization of their own (DINOv3's teacher_no_color_jitter)."""
     quantize: Literal["none", "uint8"] = "none"
-    """uint8: round after each operation, as torchvision does on uint8 pictures; none: round nowhere."""
+    """uint8: round after each operation, as torchvision does on uint8 pictures on this device; none: round nowhere."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from dino_dist.config import Config, leaves
+from dino_dist.config import AugmentSection, Config, leaves
 from dino_dist.durations import Duration
 from dino_dist.errors import UserError
 
@@ -22,6 +22,7 @@ def check(config: Config) -> None:
         )
     if (config.data.eval_train is None) != (config.data.eval_test is None):
         raise UserError("data.eval_train and data.eval_test go together: give both or neither")
+    _check_stores(config)
     if config.head.batch_norm and config.train.accumulate > 1:
         raise UserError(
             f"head.batch_norm=true cannot go with train.accumulate={config.train.accumulate}: its statistics need the "
@@ -104,6 +105,7 @@ def _check_sizes(config: Config) -> None:
         if side % patch and (key != "augment.local_px" or augment.local_crops):
             near = max(patch, round(side / patch) * patch)
             raise UserError(f"model.patch_size={patch} does not divide {key}={side}: use {near}, for example")
+    _check_blur(augment)
     if config.eval.crop_px > config.eval.resize_px:
         raise UserError(f"eval.crop_px={config.eval.crop_px} is larger than eval.resize_px={config.eval.resize_px}")
     for key in ("embed_dim", "depth", "num_heads"):
@@ -119,3 +121,30 @@ def _check_sizes(config: Config) -> None:
     for key, interval in (("global_scale", augment.global_scale), ("local_scale", augment.local_scale)):
         if interval[1] > 1:
             raise UserError(f"augment.{key}={list(interval)}: a crop cannot cover more than 1.0 of the image")
+
+
+def _check_blur(augment: AugmentSection) -> None:
+    """The filter of 9 taps reflects 4 px at each border, which a view must have beside the border pixel itself."""
+    if augment.blur_filter != "taps9":
+        return
+    for key, side_px, blur_p in (
+        ("global_px", augment.global_px, max(augment.blur_global_1_p, augment.blur_global_2_p)),
+        ("local_px", augment.local_px, augment.blur_local_p if augment.local_crops else 0.0),
+    ):
+        if side_px <= 4 and blur_p > 0:
+            raise UserError(
+                f"augment.{key}={side_px} is too small for augment.blur_filter=taps9: use 5 px or more, or box3"
+            )
+
+
+def _check_stores(config: Config) -> None:
+    """A store that fails for good must be told before the watchdog takes the wait for a hang."""
+    data, limit_s = config.data, config.parallel.timeout_s
+    specs = (data.train, data.eval_train, data.eval_test)
+    longest_s = data.store_attempts * data.store_timeout_s
+    if longest_s >= limit_s and any("://" in spec for spec in specs if spec):
+        raise UserError(
+            f"data.store_attempts={data.store_attempts} requests of data.store_timeout_s={data.store_timeout_s:g} s "
+            f"may take {longest_s:g} s, but parallel.timeout_s={limit_s:g} s ends a rank that waits so long: lower the "
+            "first two or raise the last"
+        )

@@ -59,8 +59,9 @@ def load_config(name: str | None, overrides: Sequence[str] = ()) -> Config:
         file = [(str(path), _read_yaml(path))]
     given = [(text if text.isprintable() else repr(text), _read_override(text)) for text in overrides]
     merged: Any = OmegaConf.structured(Config)
-    for origin, source in [*_preset(file), *file, *_preset(given), *given]:
+    for _, source in (*file, *given):
         _refuse_resolvers(source)
+    for origin, source in [*_preset(file), *file, *_preset(given), *given]:
         try:
             merged = OmegaConf.merge(merged, source)
         except ConfigKeyError as error:
@@ -75,8 +76,11 @@ def load_config(name: str | None, overrides: Sequence[str] = ()) -> Config:
 
 def _preset(sources: list[_Source]) -> list[_Source]:
     """The values of the preset that one of `sources` names, if one does; an unknown one is refused where it stands."""
-    names = [OmegaConf.select(source, "augment.preset") for _, source in sources]
-    known = [name for name in names if isinstance(name, str) and name in AUGMENT_PRESETS]
+    plain = [OmegaConf.to_container(source, resolve=False) for _, source in sources]
+    sections = [
+        section for each in plain if isinstance(each, dict) and isinstance(section := each.get("augment"), dict)
+    ]
+    known = [name for section in sections if (name := str(section.get("preset"))) in AUGMENT_PRESETS]
     return [(known[-1], OmegaConf.create({"augment": dict(AUGMENT_PRESETS[known[-1]])}))] if known else []
 
 

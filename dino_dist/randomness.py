@@ -7,7 +7,8 @@ to be saved for an exact resume.
 Layout of the 128-bit counter (four 32-bit words) under the 64-bit key (seed, epoch):
 
     word 0: block (bits 0-7) | view (bits 8-15) | purpose (bits 16-31)
-    word 1: replica (repeats of one sample in one epoch); for a permutation, the index of the pair of elements
+    word 1: repeat (which one, of a sample that an epoch holds several times); for a permutation, the index of the pair
+        of elements
     words 2, 3: sample id, low and high half; for a permutation, the stream
 
 Fields lie side by side and are never mixed by xor, so two different draws can never share a counter.
@@ -87,11 +88,12 @@ def sample_words(
     *,
     purpose: Purpose,
     num_words: int,
-    replicas: int | NDArray[np.int64] = 0,
+    repeats: int | NDArray[np.int64] = 0,
 ) -> Words:
-    """The first `num_words` words of the draw of each (epoch, sample id, replica, view); uint32 [n, num_words].
+    """The first `num_words` words of the draw of each (epoch, sample id, repeat, view); uint32 [n, num_words].
 
-    `epochs` and `sample_ids` are [n], `views` and `replicas` (repeats of a sample within an epoch) one number or [n].
+    `epochs` and `sample_ids` are [n], `views` and `repeats` (which repeat of the sample in its epoch) one number
+    or [n].
     Asking for more words never changes the first ones.
     """
     _check_seed(seed)
@@ -99,13 +101,13 @@ def sample_words(
         raise ValueError(f"num_words={num_words} must be 1..{_MAX_WORDS}")
     epochs = _in_range("epoch", np.asarray(epochs, dtype=np.int64), 2**32)
     views = _in_range("view", np.broadcast_to(np.asarray(views, dtype=np.int64), epochs.shape), 2**8)
-    replicas = _in_range("replica", np.broadcast_to(np.asarray(replicas, dtype=np.int64), epochs.shape), 2**32)
+    repeats = _in_range("repeat", np.broadcast_to(np.asarray(repeats, dtype=np.int64), epochs.shape), 2**32)
     ids = _in_range("sample id", np.asarray(sample_ids, dtype=np.int64), 2**63)
     num_blocks = -(-num_words // 4)
     blocks = np.arange(num_blocks, dtype=np.int64)
     counters = np.zeros((len(ids), num_blocks, 4), dtype=np.uint32)
     counters[:, :, 0] = (blocks | (views << 8)[:, None]) | (int(purpose) << 16)
-    counters[:, :, 1] = replicas[:, None]
+    counters[:, :, 1] = repeats[:, None]
     counters[:, :, 2] = (ids & 0xFFFFFFFF)[:, None]
     counters[:, :, 3] = (ids >> 32)[:, None]
     epoch_key = np.repeat(epochs, num_blocks).astype(np.uint32)
@@ -147,11 +149,11 @@ def drop_path_uniforms(
     view: int,
     depth: int,
     *,
-    replicas: int | NDArray[np.int64] = 0,
+    repeats: int | NDArray[np.int64] = 0,
 ) -> NDArray[np.float64]:
     """Uniforms of stochastic depth: float64 [n, depth, 2], for the attention and the MLP branch of each block."""
     words = sample_words(
-        seed, epochs, sample_ids, view, purpose=Purpose.DROP_PATH, num_words=2 * depth, replicas=replicas
+        seed, epochs, sample_ids, view, purpose=Purpose.DROP_PATH, num_words=2 * depth, repeats=repeats
     )
     return uniform(words).reshape(len(words), depth, 2)
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from dino_dist.augment_presets import AUGMENT_PRESETS
 from dino_dist.build import attention_backend, build_step, compute_dtype, vit_shape
 from dino_dist.checkpoint import Checkpointer
-from dino_dist.config import Config
+from dino_dist.config import AugmentSection, Config
 from dino_dist.data.loading.batch import Batch
 from dino_dist.data.loading.loader import make_loader
 from dino_dist.data.loading.loader_limits import limits_line, measure_images, usable_cores
@@ -98,8 +99,8 @@ def build_run(config: Config, world: World, session: RunSession, signals: StopSi
     dtype = compute_dtype(config, world.device)
     introduction = (
         f"{world.size} ranks on {world.device.type}, {config.parallel.strategy}, {dtype}, attention {backend.name} "
-        f"({backend.reason}); crops of {config.augment.preset}; {samples.num_samples} images, {schedules.total_steps} "
-        f"steps of {config.train.batch_size}"
+        f"({backend.reason}); crops {described_crops(config.augment)}; {samples.num_samples} images, "
+        f"{schedules.total_steps} steps of {config.train.batch_size}"
     )
 
     def stop_word() -> int:
@@ -135,6 +136,13 @@ def build_run(config: Config, world: World, session: RunSession, signals: StopSi
         monitor=Monitor(config, world, session, schedules, every_pictures=every.pictures),
     )
     return run
+
+
+def described_crops(augment: AugmentSection) -> str:
+    """The preset's name, and which of its values were replaced."""
+    preset = AUGMENT_PRESETS[augment.preset]
+    changed = [name for name, value in preset.items() if getattr(augment, name) != value]
+    return augment.preset + (f" but {', '.join(changed)}" if changed else "")
 
 
 def resolve_every(config: Config, dataset_size: int) -> Every:

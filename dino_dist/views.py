@@ -47,6 +47,19 @@ def view_recipes(augment: AugmentSection) -> list[ViewRecipe]:
     return [first, second, *[local] * augment.local_crops]
 
 
+def render_rules(config: Config) -> RenderRules:
+    """What all views share, as the config has it."""
+    augment, data = config.augment, config.data
+    return RenderRules(
+        mean=data.mean,
+        std=data.std,
+        blur=augment.blur_filter,
+        quantize=None if augment.quantize == "none" else augment.quantize,
+        jitter_before_crop=augment.share_jitter,
+        plain_views=0 if augment.teacher_sees_colors else 2,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ViewDescription:
     """Draws everything random about a batch's views; runs in the data workers, so it is small and picklable."""
@@ -67,7 +80,7 @@ class ViewDescription:
             seed=self.seed,
             epochs=ids.epochs,
             sample_ids=ids.sample_ids,
-            replicas=ids.replicas,
+            repeats=ids.repeats,
             sizes=sizes,
             share_jitter=self.share_jitter,
         )
@@ -77,7 +90,7 @@ class ViewDescription:
             rates = np.array(self.drop_path_rates)[:, None, None, None]
             uniforms_VNL2 = np.stack(
                 [
-                    drop_path_uniforms(self.seed, ids.epochs, ids.sample_ids, view, depth, replicas=ids.replicas)
+                    drop_path_uniforms(self.seed, ids.epochs, ids.sample_ids, view, depth, repeats=ids.repeats)
                     for view in range(len(self.recipes))
                 ]
             )
@@ -90,19 +103,11 @@ class ViewRenderer:
     """Renders a batch on the device into the views of a step."""
 
     def __init__(self, config: Config, device: torch.device, dtype: torch.dtype) -> None:
-        augment, data = config.augment, config.data
-        rules = RenderRules(
-            mean=data.mean,
-            std=data.std,
-            blur=augment.blur_filter,
-            quantize=None if augment.quantize == "none" else augment.quantize,
-            jitter_before_crop=augment.share_jitter,
-            plain_views=0 if augment.teacher_sees_colors else 2,
-        )
+        augment = config.augment
         self._num_local = augment.local_crops
         self._same_side = augment.local_px == augment.global_px
         self._renderer = MultiCropRenderer(
-            view_recipes(augment), rules=rules, device=device, dtype=dtype, compile=config.train.compile
+            view_recipes(augment), rules=render_rules(config), device=device, dtype=dtype, compile=config.train.compile
         )
 
     def __call__(self, batch: Batch) -> Views:

@@ -13,7 +13,6 @@ import torch
 
 from dino_dist.config import Config
 from dino_dist.data.crops.augment import MultiCropRenderer
-from dino_dist.data.crops.render_rules import RenderRules
 from dino_dist.data.loading.loader import make_loader
 from dino_dist.data.order.order import StreamIds
 from dino_dist.data.order.training_set import TrainingSet
@@ -23,7 +22,7 @@ from dino_dist.data.reading.stream import BadRecord
 from dino_dist.data.shards.index import DatasetIndex
 from dino_dist.data.shards.tar_members import printable
 from dino_dist.inputs import decode_rules, sample_reader, store_options
-from dino_dist.views import ViewDescription, view_recipes
+from dino_dist.views import ViewDescription, render_rules, view_recipes
 
 _SEED = 0
 _RENDERED = 16
@@ -102,21 +101,15 @@ def _look_at_one(
 
 def render_core_s(images: Sequence[Pixels], config: Config) -> float:
     """CPU seconds of all views of an image, rendered in batches on one thread; the second pass of two counts."""
-    augment, count = config.augment, len(images)
+    count = len(images)
     sizes = np.array([image.shape[:2] for image in images], dtype=np.int64)
     ids = StreamIds(
         epochs=np.zeros(count, dtype=np.int64),
         sample_ids=np.arange(count, dtype=np.int64),
-        replicas=np.zeros(count, dtype=np.int64),
+        repeats=np.zeros(count, dtype=np.int64),
     )
     describe = _description(config)
-    rules = RenderRules(
-        mean=config.data.mean,
-        std=config.data.std,
-        blur=augment.blur_filter,
-        jitter_before_crop=augment.share_jitter,
-    )
-    renderer = MultiCropRenderer(view_recipes(augment), rules=rules, device=torch.device("cpu"))
+    renderer = MultiCropRenderer(view_recipes(config.augment), rules=render_rules(config), device=torch.device("cpu"))
     pixels = torch.from_numpy(np.concatenate([image.reshape(-1) for image in images]))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

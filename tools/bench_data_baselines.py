@@ -19,7 +19,7 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as v1
-from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from dino_dist.data.crops.crop_parameters import ViewRecipe
@@ -174,7 +174,7 @@ class PilBlur:
 
 def _decoded(data: bytes) -> Tensor:
     """uint8 [3, H, W]."""
-    image: Tensor = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+    image: Tensor = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
     return image
 
 

@@ -1,4 +1,4 @@
-"""A bounded memory of the values used last: open files, mapped indexes, permutations."""
+"""A bounded memory of the values used last: mapped indexes, permutations."""
 
 from __future__ import annotations
 
@@ -13,15 +13,13 @@ V = TypeVar("V")
 class Recent(Generic[K, V]):
     """Keeps the `capacity` values used last, and makes the others again when asked for.
 
-    `on_drop` releases what a value holds. A copy that travels to another process starts empty: file descriptors and
-    mappings belong to one process. Not for use by several threads at once.
+    A copy that travels to another process starts empty. Not for use by several threads at once.
     """
 
-    def __init__(self, capacity: int, on_drop: Callable[[V], None] | None = None) -> None:
+    def __init__(self, capacity: int) -> None:
         if capacity < 1:
             raise ValueError(f"capacity={capacity} must be at least 1")
         self._capacity = capacity
-        self._on_drop = on_drop
         self._values: OrderedDict[K, V] = OrderedDict()
 
     def get(self, key: K, make: Callable[[], V]) -> V:
@@ -31,23 +29,9 @@ class Recent(Generic[K, V]):
             return self._values[key]
         value = make()
         while len(self._values) >= self._capacity:
-            self._release(self._values.popitem(last=False)[1])
+            self._values.popitem(last=False)
         self._values[key] = value
         return value
-
-    def drop(self, key: K) -> None:
-        """Forget one value, if it is held."""
-        if key in self._values:
-            self._release(self._values.pop(key))
-
-    def clear(self) -> None:
-        """Forget all values."""
-        while self._values:
-            self._release(self._values.popitem()[1])
-
-    def _release(self, value: V) -> None:
-        if self._on_drop is not None:
-            self._on_drop(value)
 
     def __len__(self) -> int:
         return len(self._values)

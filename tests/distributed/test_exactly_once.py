@@ -24,7 +24,7 @@ SPLITS = [(1, 0, 1), (1, 0, 5), (2, 0, 3), (3, 0, 4), (5, 0, 2), (14, 0, 1), (1,
 """Ranks, decoding threads, micro-batches a step."""
 
 Seen = tuple[int, int, int]
-"""Epoch (pass), sample id and replica of an image."""
+"""Epoch (pass), sample id and repeat of an image."""
 
 
 def read_all(training_set: TrainingSet, stop_step: int, *, size: int, workers: int, accumulate: int) -> list[Seen]:
@@ -54,7 +54,7 @@ def read_all(training_set: TrainingSet, stop_step: int, *, size: int, workers: i
                 assert len(micro_batches) == accumulate
                 for batch in micro_batches:
                     assert batch.step == step
-                    columns = (batch.epochs, batch.sample_ids, batch.replicas)
+                    columns = (batch.epochs, batch.sample_ids, batch.repeats)
                     steps[step] += zip(*(column.tolist() for column in columns), strict=True)
     assert all(len(seen) == BATCH for seen in steps.values())
     return [image for step in range(stop_step) for image in steps[step]]

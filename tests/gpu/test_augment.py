@@ -38,7 +38,7 @@ def batch_of(augment: AugmentSection) -> Batch:
         images.append((torch.where(left, noise, ramp) * 255.99).to(torch.uint8))
     sizes = np.array(SIZES_PX, dtype=np.int64)
     zeros = np.zeros(len(images), dtype=np.int64)
-    ids = StreamIds(epochs=zeros, sample_ids=np.arange(len(images), dtype=np.int64), replicas=zeros)
+    ids = StreamIds(epochs=zeros, sample_ids=np.arange(len(images), dtype=np.int64), repeats=zeros)
     describe = ViewDescription(
         recipes=tuple(view_recipes(augment)),
         seed=5,
@@ -50,7 +50,7 @@ def batch_of(augment: AugmentSection) -> Batch:
         sizes=torch.from_numpy(sizes),
         sample_ids=torch.from_numpy(ids.sample_ids),
         epochs=torch.from_numpy(ids.epochs),
-        replicas=torch.from_numpy(ids.replicas),
+        repeats=torch.from_numpy(ids.repeats),
         labels=torch.full((len(images),), -1),
         step=0,
         extra=describe(ids, sizes),

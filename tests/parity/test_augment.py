@@ -91,7 +91,7 @@ def drawn(recipes: Sequence[ViewRecipe], sizes: Tensor, ids: Sequence[int], seed
             seed=seed,
             epochs=np.zeros_like(sample_ids),
             sample_ids=sample_ids,
-            replicas=np.zeros_like(sample_ids),
+            repeats=np.zeros_like(sample_ids),
             sizes=sizes.numpy(),
         )
     )

@@ -75,7 +75,7 @@ HUGE = (7500, 10_000)
 
 
 @cache
-def slots(num_views: int = 4, seed: int = 1, epoch: int = 0, replica: int = 0) -> list[dict[str, Categories]]:
+def slots(num_views: int = 4, seed: int = 1, epoch: int = 0, repeat: int = 0) -> list[dict[str, Categories]]:
     """The category of everything random in each of up to four views, [n], of boxes that always fit.
 
     Two views with all operations on, so that every factor shows, and two in which they are gated.
@@ -86,7 +86,7 @@ def slots(num_views: int = 4, seed: int = 1, epoch: int = 0, replica: int = 0) -
         epochs=np.full(NUM_DRAWS, epoch),
         sample_ids=np.arange(NUM_DRAWS),
         sizes=np.tile(np.array([HUGE]), (NUM_DRAWS, 1)),
-        replicas=np.full(NUM_DRAWS, replica),
+        repeats=np.full(NUM_DRAWS, repeat),
     )
     found = []
     for rows in views:
@@ -136,7 +136,7 @@ def test_samples_epochs_replicas_and_seeds_are_independent() -> None:
     here = slots()[0]
     others = {
         "epoch": slots(1, epoch=1)[0],
-        "replica": slots(1, replica=1)[0],
+        "repeat": slots(1, repeat=1)[0],
         "seed": slots(1, seed=2)[0],
         "neighbour": {name: np.roll(column, 1) for name, column in here.items()},
     }

@@ -97,7 +97,7 @@ def test_the_cpus_views_are_torchvisions(whole_first: bool) -> None:
         seed=4,
         epochs=ids * 0,
         sample_ids=ids,
-        replicas=ids * 0,
+        repeats=ids * 0,
         sizes=sizes.numpy(),
         share_jitter=whole_first,
     )

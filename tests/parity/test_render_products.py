@@ -236,7 +236,9 @@ def test_plain_views_have_the_same_crops_and_no_change_of_colour() -> None:
         assert without.plain is None
         assert all(torch.equal(a, b) for a, b in zip(rendered.views, without.views, strict=True))
         for view, index in itertools.product(range(2), range(num)):
-            expected = cropped(images[index].permute(2, 0, 1).float(), params[view, index], 32)
+            image = images[index].permute(2, 0, 1).float()
+            image = jittered(image / 255, params[0, index]) * 255 if jitter_before_crop else image
+            expected = cropped(image, params[view, index], 32)
             assert (rendered.plain.unflatten(0, (2, num))[view, index] * 255 - expected).abs().max() <= 0.02
     with pytest.raises(UserError, match="plain_views=4"):
         renderer(recipes, replace(AS_LEVELS, plain_views=4))

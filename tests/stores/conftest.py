@@ -146,7 +146,7 @@ def _seeded_plan(seed: int, kinds: Sequence[str], most: int) -> Plan:
 
 @pytest.fixture(autouse=True, scope="module")
 def no_stores_left() -> Iterator[None]:
-    """fsspec's file systems are cycles: a forked child of a later test would wait a second for each that it collects."""
+    """fsspec's file systems are cycles: a forked child of a later test would wait a second for each it collects."""
     yield
     gc.collect()
 

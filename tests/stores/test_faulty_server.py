@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from dino_dist.data.reading.decode import DecodeRules
 from dino_dist.data.reading.shard_bytes import ShardBytes, StoreOptions
 from dino_dist.data.reading.stream import SampleReader
 from dino_dist.data.shards.index import DatasetIndex, open_dataset
-from dino_dist.data.stores.remote_store import RemoteStore
+from dino_dist.data.stores.remote_store import RemoteStore, StoreClosed
 from dino_dist.data.stores.store_options import Tally
 from dino_dist.errors import UserError
 from dino_dist.randomness import Purpose, permutation, substream
@@ -158,8 +158,11 @@ def test_a_shard_that_changed_since_it_was_indexed(
         source = ShardBytes(dataset=dataset, options=StoreOptions(max_attempts=2, cache_dir=cache_dir))
         with pytest.raises(UserError, match=r"1\.tar has \d+ bytes but had \d+ bytes when it was indexed"):
             source.read(1, 512, 10, 0)
-        with pytest.raises(UserError, match=r"2\.tar.*checksum"):
+        with pytest.raises(
+            UserError, match=r"2\.tar.*checksum.*tried 2 times.*; restore the object; or index it again \(delete"
+        ) as caught:
             source.read(2, int(record["offset"]), int(record["size"]), int(record["crc32"]))
+        assert f" {dataset.shards[2].index_path} " in str(caught.value)
         source.close()
     with pytest.raises(UserError, match=r"1\.tar has \d+ bytes but \d+ by its manifest\.json: it changed"):
         open_dataset(f"{server.url}/manifest.json", fallback_dir=tmp_path / "b", store=QUICK)
@@ -204,24 +207,21 @@ def test_closing_ends_the_waits_of_other_threads(shards: Path, local: DatasetInd
 
     server.plan = refuse
     source = ShardBytes(dataset=dataset, options=StoreOptions(max_attempts=1000))
-    outcome: list[Sequence[Any]] = []
+    outcome: list[Exception] = []
 
     def read() -> None:
         try:
             source.read(0, 512, 10, 0)
         except Exception as error:
-            outcome.append(error.args)
-            raise
+            outcome.append(error)
 
     thread = threading.Thread(target=read, daemon=True)
-    hook, threading.excepthook = threading.excepthook, lambda args: None
     thread.start()
     assert asked.wait(30)
     source.close()
     thread.join(60)
-    threading.excepthook = hook
     assert not thread.is_alive()
-    assert len(outcome) == 1
+    assert [type(error) for error in outcome] == [StoreClosed]
 
 
 def test_checking_goes_on_after_a_shard_that_changed(
@@ -240,3 +240,45 @@ def test_checking_goes_on_after_a_shard_that_changed(
     assert [line.split(": ")[0] for line in report.unreadable] == [f"{server.url}/{number}.tar" for number in (0, 1)]
     assert "truncated" in report.unreadable[0]
     assert "checksum" in report.unreadable[1]
+
+
+def test_a_shard_that_its_manifest_does_not_know_is_refused(
+    make_shards: Callable[..., Path], serve: Any, tmp_path: Path
+) -> None:
+    """Without its index file it is indexed here, which must not hide that it is another of the same size."""
+    shards = make_shards(tmp_path / "shards", [4, 4])
+    dataset = open_dataset(str(shards), fallback_dir=shards)
+    spec = f"{serve(shards).url}/manifest.json"
+    first = int(dataset.records(1)[0]["offset"])
+    (shards / "1.tar.index.npy").unlink()
+    assert open_dataset(spec, fallback_dir=tmp_path / "a", store=QUICK).hash == dataset.hash
+    data = bytearray((shards / "1.tar").read_bytes())
+    data[first + 3] ^= 1
+    (shards / "1.tar").write_bytes(data)
+    with pytest.raises(UserError, match=r"/1\.tar is not the shard that its manifest\.json names"):
+        open_dataset(spec, fallback_dir=tmp_path / "b", store=QUICK)
+
+
+def test_no_password_is_shown(
+    make_shards: Callable[..., Path], serve: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shards = make_shards(tmp_path / "shards", [4, 4, 4])
+    server = serve(shards)
+    url = server.url.replace("://", "://jane:secret@")
+    dataset = open_dataset(f"{url}/{{0..2}}.tar", fallback_dir=tmp_path / "index", store=QUICK)
+    assert "reading them through" in caplog.text
+    for cache_dir in (None, str(tmp_path / "cache")):
+        source = ShardBytes(dataset=dataset, options=StoreOptions(max_attempts=1, timeout_s=5.0, cache_dir=cache_dir))
+        for fault in ("403", "404", "500", "cut", "wrong"):
+            server.plan = lambda place, number, fault=fault: "" if place.endswith("0-0") and fault != "404" else fault
+            with pytest.raises(UserError, match=r"http://\*\*\*@127") as caught:
+                source.read(0, 512, 10, 0)
+            assert "jane" not in str(caught.value)
+            assert "secret" not in str(caught.value)
+        source.close()
+    server.plan = lambda place, number: ""
+    for spec in ("", "nothing.json", "{0,0}.tar", "9.tar", "*.tar", "{0.."):
+        with pytest.raises(UserError) as caught:
+            open_dataset(f"{url}/{spec}", fallback_dir=tmp_path / "index", store=QUICK)
+        assert "secret" not in str(caught.value)
+    assert "secret" not in caplog.text

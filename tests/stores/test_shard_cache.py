@@ -66,7 +66,9 @@ def make_cache(folder: Path, *, protect_s: float = 0.0, **options: Any) -> Shard
 
 def shard_of(dataset: DatasetIndex, number: int) -> RemoteShard:
     entry = dataset.shards[number]
-    return RemoteShard(entry.location, entry.row.bytes, entry.row.sha256, partial(dataset.records, number))
+    return RemoteShard(
+        entry.location, entry.row.bytes, entry.row.sha256, partial(dataset.records, number), entry.index_path
+    )
 
 
 def places_of(dataset: DatasetIndex, shard: int) -> list[tuple[int, int, int, int]]:
@@ -326,7 +328,7 @@ def test_a_cache_smaller_than_a_shard_is_said_once(
     for shard in (0, 1):
         for place in places_of(dataset, shard)[:10]:
             source.read(*place)
-    assert caplog.text.count("cache_bytes=1000 is less than one shard") == 1
+    assert caplog.text.count("(1000 bytes) is less than one shard") == 1
     assert source.counts().direct_reads == 20
     source.close()
 

@@ -9,6 +9,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -256,6 +257,20 @@ def test_the_contenders_make_the_same_views(
             assert (one.shape, one.dtype) == (other.shape, torch.float32)
             difference = 255 * (one - other).abs().mean().item()
             assert difference < worst_mean, f"{name}, view {view}: {difference:.2f} grey levels"
+
+
+@pytest.mark.parametrize("build", ["_pil_crop", "_tensor_crop"])
+def test_the_baselines_leave_no_stage_out(tool: Callable[[str], ModuleType], photographs: Path, build: str) -> None:
+    """The stages of the published pipeline with its probabilities, where the test above leaves nothing to chance."""
+    config, rules, _ = one_photograph(tool, photographs)
+    recipe = replace(view_recipes(config.augment)[1], blur_p=0.1, flip_p=0.4)
+    stages = getattr(tool("bench_data_baselines"), build)(recipe, rules)
+    said = repr(stages)
+    positions = [said.index(stage) for stage in ("RandomResizedCrop", "RandomHorizontalFlip", "ColorJitter")]
+    positions += [said.index("RandomGrayscale"), said.index("Blur"), max(said.find("Lambda"), said.find("Solarize"))]
+    assert positions == sorted(positions)
+    assert "brightness=(0.6, 1.4), contrast=(0.6, 1.4), saturation=(0.8, 1.2), hue=(-0.1, 0.1)" in said
+    assert [stage.p for stage in stages.transforms if hasattr(stage, "p")] == [0.4, 0.8, 0.2, 0.1, 0.2]
 
 
 def test_kornia_makes_such_views_but_for_antialiasing(tool: Callable[[str], ModuleType], photographs: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import resource
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -197,3 +198,18 @@ def test_tars_can_be_built_anew(photos: Path, tmp_path: Path) -> None:
 def test_impossible_options(options: dict[str, int]) -> None:
     with pytest.raises(UserError, match=next(iter(options))):
         BuildOptions(**options)
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(photos: Path, tmp_path: Path) -> None:
+    """As on a disk that fills up: the system refuses to write more; the same command goes on later."""
+    allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, allowed[1]))
+    try:
+        with pytest.raises(
+            UserError, match=rf"^{tmp_path}/out cannot be written to \(File too large\); see to its disk"
+        ):
+            build_shards(str(photos), tmp_path / "out", BuildOptions(samples_per_shard=25))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
+    assert not list((tmp_path / "out").glob("*.tmp"))
+    assert build_shards(str(photos), tmp_path / "out", BuildOptions(samples_per_shard=25)).dataset.num_samples == 25

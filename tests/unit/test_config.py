@@ -129,6 +129,10 @@ def test_a_value_of_another_type_names_its_key(override: str, named: str) -> Non
         (["eval.knn_k=[]"], "eval.knn_k"),
         (["eval.knn_k=[10,0]"], "eval.knn_k"),
         (["augment.global_scale=[0.4,1.5]"], "augment.global_scale"),
+        (["augment.preset=dinov3", "augment.local_px=4", "model.patch_size=4"], "augment.local_px=4"),
+        (["augment=[1]"], "augment"),
+        (["data.train=s3://bucket/x", "parallel.timeout_s=200"], "data.store_timeout_s=30"),
+        (["augment.preset=[dinov3]"], "dinov2_as_trained"),
         (["augment.local_scale=[0.4,1.5]"], "augment.local_scale"),
         (["augment.blur_sigma_px=[0.1,.inf]"], "augment.blur_sigma_px"),
         (["data.mean=[.nan,0.5,0.5]"], "data.mean"),
@@ -193,8 +197,11 @@ def test_what_is_not_an_override_is_refused(text: str) -> None:
 def test_nothing_is_expanded(value: str, tmp_path: Path) -> None:
     refusal(f"data.train={value}")
     file = tmp_path / "a.yaml"
-    file.write_text(f"data:\n  train: '{value}'\n")
-    refusal(name=str(file))
+    for text in (f"data:\n  train: '{value}'\n", f"augment:\n  preset: '{value}'\n", f"augment: '{value}'\n"):
+        file.write_text(text)
+        refusal(name=str(file))
+    refusal(TRAIN, f"augment.preset={value}")
+    refusal(TRAIN, f"augment={value}")
 
 
 def test_later_sources_win_and_types_are_kept(tmp_path: Path) -> None:

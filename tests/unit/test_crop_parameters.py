@@ -205,10 +205,10 @@ def test_impossible_recipes_are_refused(change: dict[str, object], message: str)
 
 
 def test_a_repeat_of_a_sample_in_its_epoch_has_other_crops() -> None:
-    def drawn(*replicas: int) -> NDArray[np.float64]:
-        n = len(replicas)
+    def drawn(*repeats: int) -> NDArray[np.float64]:
+        n = len(repeats)
         sizes, zeros = np.tile(np.array([[375, 500]]), (n, 1)), np.zeros(n, dtype=np.int64)
-        return draw([GLOBAL], seed=1, epochs=zeros, sample_ids=zeros, sizes=sizes, replicas=np.array(replicas))[0]
+        return draw([GLOBAL], seed=1, epochs=zeros, sample_ids=zeros, sizes=sizes, repeats=np.array(repeats))[0]
 
     both = drawn(0, 1)
     assert not np.array_equal(boxes_of(both[0]), boxes_of(both[1]))

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import resource
 import shutil
 import tarfile
 import tempfile
@@ -18,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dino_dist.data.shards.folder_index import IndexJob, index_folder
 from dino_dist.data.shards.index import open_dataset
-from dino_dist.data.shards.shard_index import NO_LABEL, UNREADABLE_LABEL, index_shard
+from dino_dist.data.shards.shard_index import NO_LABEL, UNREADABLE_LABEL, index_shard, parse_records
 from dino_dist.errors import StopAsked, UserError
 
 
@@ -293,6 +295,84 @@ def test_a_pickle_in_the_place_of_an_index_is_not_run(folder: Path, fallback: Pa
     assert not trap.exists()
 
 
+def _zipped(data: bytes) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, records=np.frombuffer(data, dtype=np.uint8))
+    return buffer.getvalue()
+
+
+def _header(data: bytes, old: bytes, new: bytes) -> bytes:
+    """With another text in the header, which keeps its length."""
+    assert old in data
+    return data.replace(old + b" " * max(0, len(new) - len(old)), new.ljust(len(old)), 1)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        _zipped,
+        lambda data: b"PK\x03\x04" + data,
+        lambda data: _header(data, b"(3,), }", b"(%d,), }" % 10**15),
+        lambda data: _header(data, b"(3,), }", b"(%d,), }" % 10**30),
+        lambda data: _header(data, b"(3,), }", b"(-3,), }"),
+        lambda data: _header(data, b"(3,), }", b"(2,), }"),
+        lambda data: data[:-1],
+        lambda data: data + b"\0",
+        lambda data: data[:9],
+        lambda data: b"",
+        lambda data: data[:6] + b"\3\0" + data[8:],
+    ],
+    ids=["npz", "zip", "huge", "huger", "negative", "fewer", "cut", "longer", "magic", "empty", "version"],
+)
+def test_a_hostile_index_is_one_line(folder: Path, fallback: Path, spoil: Callable[[bytes], bytes]) -> None:
+    open_dataset(str(folder), fallback_dir=fallback)
+    path = folder / "000.tar.index.npy"
+    spoilt = spoil(path.read_bytes())
+    path.write_bytes(spoilt)
+    with pytest.raises(UserError, match=r"^[^\n]*000\.tar\.index\.npy is no shard index[^\n]*delete it[^\n]*$"):
+        open_dataset(str(folder), fallback_dir=fallback).records(0)
+    assert parse_records(spoilt, sha256="") is None
+
+
+def test_an_index_that_cannot_be_opened_is_no_damage(folder: Path, fallback: Path) -> None:
+    dataset = open_dataset(str(folder), fallback_dir=fallback)
+    (folder / "000.tar.index.npy").unlink()
+    with pytest.raises(UserError, match=r"000\.tar\.index\.npy: No such file") as caught:
+        dataset.records(0)
+    assert "delete" not in str(caught.value)
+    (folder / "001.tar.index.npy").unlink()
+    (folder / "001.tar.index.npy").symlink_to("001.tar.index.npy")
+    with pytest.raises(UserError, match="Too many levels of symbolic links"):
+        dataset.records(1)
+
+
+def test_a_file_is_checked_once_and_again_if_it_is_another(folder: Path, fallback: Path) -> None:
+    """More shards than stay mapped: mapping one again reads its header only, unless the file was written to."""
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, allowed[1]))
+    try:
+        write_shards(folder, [1] * 70)
+        dataset = open_dataset(str(folder), fallback_dir=fallback)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, allowed)
+    before = len(os.listdir("/proc/self/fd"))
+    first = [dataset.records(shard).copy() for shard in range(70)]
+    assert len(os.listdir("/proc/self/fd")) <= before + 64
+    path = folder / "000.tar.index.npy"
+    stat, data = path.stat(), bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # looks like the one that was checked
+    assert dataset.records(0)["key"][0] != first[0]["key"][0]
+    os.utime(folder / "001.tar.index.npy")
+    assert np.array_equal(dataset.records(1), first[1])
+    for shard in range(2, 70):
+        assert np.array_equal(dataset.records(shard), first[shard])
+    os.utime(path)
+    with pytest.raises(UserError, match="does not match its manifest"):
+        dataset.records(0)
+
+
 class _Trap:
     """Unpickling it makes a folder."""
 
@@ -360,7 +440,7 @@ def test_missing_things_are_named(folder: Path, fallback: Path) -> None:
     (folder / "001.tar").unlink()
     with pytest.raises(UserError, match=r"001\.tar, which is not beside it"):
         open_dataset(f"{folder}/manifest.json", fallback_dir=fallback)
-    with pytest.raises(UserError, match="no shard manifest"):
+    with pytest.raises(UserError, match=r"nothing\.json: No such file or directory; check the path"):
         open_dataset(f"{folder}/nothing.json", fallback_dir=fallback)
 
 
@@ -380,3 +460,27 @@ def test_an_interrupted_indexing_goes_on_where_it_was(folder: Path, fallback: Pa
     assert [row["name"] for row in kept] == ["000.tar", "001.tar"]
     # Two of three are done, so one poll is all that is left.
     assert open_dataset(str(folder), fallback_dir=fallback, poll=stop_after(1)).num_samples == 8
+
+
+def _index_and_die(folder: Path, after: int, save_every_s: float) -> None:
+    left = iter(range(after - 1))
+
+    def poll() -> None:
+        if next(left, None) is None:
+            os._exit(9)
+
+    paths = sorted(folder.glob("*.tar"))
+    index_folder(folder, paths, folder, IndexJob(1, poll, save_every_s=save_every_s))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("save_every_s", "kept"), [(0.0, 2), (3600.0, 0)])
+def test_a_process_that_dies_keeps_what_it_saved(folder: Path, fallback: Path, save_every_s: float, kept: int) -> None:
+    process = multiprocessing.get_context("fork").Process(target=_index_and_die, args=(folder, 2, save_every_s))
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+    polls: list[None] = []
+    dataset = open_dataset(str(folder), fallback_dir=fallback, poll=lambda: polls.append(None))
+    assert dataset.num_samples == 8
+    assert len(polls) == 3 - kept

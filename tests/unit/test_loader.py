@@ -11,7 +11,7 @@ import sys
 import tarfile
 import textwrap
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict, Unpack
@@ -23,12 +23,16 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dino_dist.data.loading.loader import Batch, Describe, make_loader, read_batch
+from dino_dist.data.loading.batch_copies import HostCopies
+from dino_dist.data.loading.decode_process import DecodeJob
+from dino_dist.data.loading.loader import Batch, DataProcess, Describe, make_loader, read_batch
 from dino_dist.data.order.order import Order, StreamIds
+from dino_dist.data.order.step_plan import StepPlan
 from dino_dist.data.reading.decode import DecodeRules
 from dino_dist.data.reading.shard_bytes import ShardBytes
 from dino_dist.data.reading.stream import SampleReader
 from dino_dist.data.shards.index import open_dataset
+from dino_dist.data.stores.store_options import StoreCounts
 from dino_dist.errors import RunFailed, UserError
 
 COUNTS = [5, 3, 7, 4]
@@ -90,14 +94,14 @@ def load(parts: Parts, *, batch_size: int, stop_step: int, **settings: Unpack[Se
 
 def describe(ids: StreamIds, sizes: NDArray[np.int64]) -> dict[str, Tensor]:
     return {
-        "code": torch.from_numpy(ids.sample_ids * 1000 + ids.epochs + ids.replicas),
+        "code": torch.from_numpy(ids.sample_ids * 1000 + ids.epochs + ids.repeats),
         "area": torch.from_numpy(sizes.prod(axis=1).astype(np.float32)[None]),
         "odd": torch.from_numpy(sizes % 2 == 1),
     }
 
 
 def same(one: Batch, two: Batch) -> bool:
-    tensors = ("pixels", "sizes", "sample_ids", "epochs", "replicas", "labels")
+    tensors = ("pixels", "sizes", "sample_ids", "epochs", "repeats", "labels")
     return (
         all(torch.equal(getattr(one, name), getattr(two, name)) for name in tensors)
         and (one.step, one.bad) == (two.step, two.bad)
@@ -117,7 +121,7 @@ def test_a_batch_is_the_images_of_its_ids(shards: Path) -> None:
     (batch,) = next(load(parts, batch_size=19, start_step=1, stop_step=2))
     assert batch.step == 1
     assert set(batch.epochs.tolist()) == {1}
-    assert set(batch.replicas.tolist()) == {0}
+    assert set(batch.repeats.tolist()) == {0}
     assert sorted(batch.sample_ids.tolist()) == list(range(19))
     offset = 0
     for (height, width), sample_id, label in zip(
@@ -238,22 +242,109 @@ def test_an_error_in_a_worker_stays_one_line(shards: Path, tmp_path: Path, num_w
 
 
 @pytest.mark.distributed
-def test_a_buffer_too_small_for_a_micro_batch_names_both(shards: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.buffer_mib=0\.00195312 does not .* 19 images take 0\.0 MiB; raise"):
-        next(load(open_parts(shards), batch_size=19, stop_step=1, num_workers=1, buffer_bytes=2048))
+def test_micro_batches_larger_than_the_buffer_pass_beside_it(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """All of them, or some; said once, or not where there are none."""
+    wanted = list(load(open_parts(shards), batch_size=10, stop_step=12, accumulate=2, describe=describe))
+    sizes = sorted(batch.pixels.nbytes for batches in wanted for batch in batches)
+    for buffer_bytes in (sizes[0] // 2, sizes[len(sizes) // 2] + 100, 2**16):
+        caplog.clear()
+        loader = load(
+            open_parts(shards),
+            batch_size=10,
+            stop_step=12,
+            accumulate=2,
+            describe=describe,
+            num_workers=2,
+            buffer_bytes=buffer_bytes,
+        )
+        assert all_same(wanted, list(loader))
+        assert len(caplog.messages) == (buffer_bytes < sizes[-1])
+        for line in caplog.messages:
+            assert (
+                f"a micro-batch of 5 images that take 1 MiB, more than data.buffer_mib={buffer_bytes / 2**20:g}" in line
+            )
+
+
+def one_job(parts: Parts, *, describe: Describe | None = None) -> DecodeJob:
+    """A step of all samples."""
+    plan = StepPlan(order=parts["order"], batch_size=19, rank=0, size=1, accumulate=1)
+    return DecodeJob(reader=parts["reader"], plan=plan, describe=describe, start_step=0, stop_step=1, num_threads=2)
+
+
+def describe_at_length(ids: StreamIds, sizes: NDArray[np.int64]) -> dict[str, Tensor]:
+    return {"long": torch.full((2**20,), int(ids.sample_ids[0]))}
 
 
 @pytest.mark.distributed
-def test_a_killed_process_is_one_clear_error(shards: Path) -> None:
+def test_a_process_killed_within_a_message_is_one_clear_error(shards: Path) -> None:
+    with closing(DataProcess(one_job(open_parts(shards), describe=describe_at_length), 2**16)) as beside:
+        beside.wait()  # for its first bytes: the rest is more than a socket takes
+        (process,) = multiprocessing.active_children()
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        assert not beside.has_batch()
+        with pytest.raises(RunFailed, match=rf"pid {process.pid}\) was killed by SIGKILL: by the kernel"):
+            beside.receive()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("number", "how"),
+    [
+        (signal.SIGKILL, r"was killed by SIGKILL: by the kernel, if the memory"),
+        (signal.SIGSEGV, r"crashed \(SIGSEGV\): a defect of"),
+        (signal.SIGRTMIN + 3, rf"was killed by signal {signal.SIGRTMIN + 3}; the same command"),
+    ],
+)
+def test_a_killed_process_is_one_clear_error(shards: Path, number: int, how: str) -> None:
     loader = load(open_parts(shards), batch_size=4, stop_step=10**6, num_workers=1)
     next(loader)
     (process,) = multiprocessing.active_children()
     assert process.pid is not None
-    os.kill(process.pid, signal.SIGKILL)
-    with pytest.raises(RunFailed, match=rf"pid {process.pid}\) was killed by SIGKILL") as caught:
+    os.kill(process.pid, number)
+    process.join()
+    with pytest.raises(RunFailed, match=rf"pid {process.pid}\) {how}") as caught:
         for _ in loader:  # those that were ready may still come
             pass
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.distributed
+def test_an_error_that_came_ahead_of_time_waits_until_it_is_asked_for(shards: Path, tmp_path: Path) -> None:
+    for path in shards.iterdir():
+        os.link(path, tmp_path / path.name)
+    parts = open_parts(tmp_path)
+    (tmp_path / "2.tar").unlink()
+    with closing(DataProcess(one_job(parts), 2**16)) as beside:
+        beside.wait()
+        assert not beside.has_batch()
+        for _ in range(2):
+            with pytest.raises(UserError, match=r"2\.tar: No such file"):
+                beside.receive()
+            assert not beside.has_batch()
+
+
+class CopiesAside(HostCopies):
+    """As on a GPU, steps are copied before they are asked for."""
+
+    runs_aside = True
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_copying_ahead_ends_with_the_stream(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, accumulate: int
+) -> None:
+    for path in shards.iterdir():
+        os.link(path, tmp_path / path.name)
+    parts = open_parts(tmp_path)
+    good = next(step for step in range(19) if parts["order"].ids(2 * step, 2 * step + 2).sample_ids.max() >= 15)
+    (tmp_path / "3.tar").unlink()
+    monkeypatch.setattr("dino_dist.data.loading.loader.batch_copies", lambda device, memory: CopiesAside(device))
+    loader = load(parts, batch_size=2, stop_step=9, accumulate=accumulate, num_workers=2)
+    assert [next(loader)[0].step for _ in range(good)] == list(range(good))
+    with pytest.raises(UserError, match=r"3\.tar: No such file"):
+        next(loader)
 
 
 def describe_wrongly(ids: StreamIds, sizes: NDArray[np.int64]) -> dict[str, Tensor]:
@@ -282,6 +373,9 @@ class WrittenDown:
         with open(self.folder / "hints", "a", encoding="utf-8") as file:
             file.write(" ".join(map(str, shards)) + "\n")
 
+    def counts(self) -> StoreCounts:
+        return StoreCounts(direct_reads=1)
+
     def close(self) -> None:
         (self.folder / "closed").touch()
 
@@ -305,13 +399,15 @@ def test_reading_ahead_is_bounded_by_the_buffer(shards: Path, tmp_path: Path) ->
 
 
 @pytest.mark.distributed
-def test_shards_of_a_store_are_named_before_they_are_read(shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_shards_of_a_store_are_named_before_they_are_read(shards: Path, tmp_path: Path, num_workers: int) -> None:
     parts = open_parts(shards)
     local = parts["reader"].dataset
     remote = replace(local, shards=tuple(replace(s, location=f"http://localhost:1/{s.name}") for s in local.shards))
     source = WrittenDown(source=ShardBytes(dataset=local), folder=tmp_path)
     parts["reader"] = SampleReader(dataset=remote, rules=RULES, source=source)
-    list(load(parts, batch_size=2, stop_step=20, num_workers=1))
+    for (batch,) in load(parts, batch_size=2, stop_step=20, num_workers=num_workers):
+        assert batch.store == StoreCounts(direct_reads=1)
     hints = [[int(shard) for shard in line.split()] for line in (tmp_path / "hints").read_text().splitlines()]
     assert hints[0] == parts["order"].shards_from(0, 4)
     assert 5 <= len(hints) <= 10  # 40 positions, shards of about 5
@@ -337,7 +433,7 @@ def test_moving_a_batch_keeps_ids_and_sizes_here(shards: Path) -> None:
     moved = batch.to(torch.device("meta"))
     assert moved.pixels.is_meta
     assert moved.extra["area"].is_meta
-    for name in ("sizes", "sample_ids", "epochs", "replicas", "labels"):
+    for name in ("sizes", "sample_ids", "epochs", "repeats", "labels"):
         assert torch.equal(getattr(moved, name), getattr(batch, name))
     assert batch.nbytes == batch.pixels.nbytes + 4 * (16 + 8 + 8 + 8 + 8 + 8 + 4 + 2)
 

@@ -6,13 +6,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dino_dist.data.loading.loader_limits import ImageCost, limits_line, measure_images, usable_cores
+from dino_dist.data.order.mixture import MixtureOrder, Part
 from dino_dist.data.order.order import Order
+from dino_dist.data.order.selection import Selection
 from dino_dist.data.reading.decode import DecodeRules
-from dino_dist.data.reading.stream import SampleReader
+from dino_dist.data.reading.stream import BadRecord, SampleReader
 from dino_dist.data.shards.index import open_dataset
+from dino_dist.errors import UserError
 
 COST = ImageCost(decode_s=0.0021, pixel_bytes=0.5625e6)
 
@@ -52,3 +56,31 @@ def test_a_few_images_are_measured(tmp_path: Path, make_shards: Callable[..., Pa
     assert cost.pixel_bytes == 8 * 8 * 3
     assert 0 < cost.decode_s < 1
     assert usable_cores()
+
+
+def test_only_samples_of_the_stream_are_measured(tmp_path: Path, make_shards: Callable[..., Path]) -> None:
+    """A selection may have left out ones that would end the run."""
+    folder = make_shards(tmp_path / "shards", [20, 20], bad=[b"no image"])
+    dataset = open_dataset(str(folder), fallback_dir=folder)
+    rules = DecodeRules(max_member_bytes=2**20, max_pixels=10**6)
+    reader = SampleReader(dataset=dataset, rules=rules)
+    bad = next(i for i in range(dataset.num_samples) if isinstance(reader.read_exactly(i), BadRecord))
+    first = int(dataset.first_ids[dataset.locate_one(bad)])
+    with pytest.raises(UserError, match="1 bad samples in a row"):
+        SampleReader(dataset=dataset, rules=rules, max_substitutes=0).read(bad)
+    strict = SampleReader(dataset=dataset, rules=rules, max_substitutes=0)
+    taken = np.array([i for i in range(first, dataset.num_samples) if i != bad])
+    selection = Selection(sample_ids=taken, first_slots=np.arange(len(taken) + 1))
+    order = MixtureOrder(
+        parts=(
+            Part(
+                order=Order(shard_counts=np.array([len(taken)]), seed=0, shards_per_block=1),
+                selection=selection,
+                first_id=0,
+                shards=np.array([0]),
+                epoch_count=len(taken),
+            ),
+        ),
+        seed=0,
+    )
+    assert measure_images(strict, order).pixel_bytes == 8 * 8 * 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import pickle
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -67,8 +68,8 @@ def test_every_epoch_has_the_exact_counts() -> None:
 
 
 def test_each_set_passes_through_its_samples_exactly_once_a_pass() -> None:
-    epochs, ids, replicas = make_mixture(SETS).ids(0, 20 * 3000)
-    assert not replicas.any()
+    epochs, ids, repeats = make_mixture(SETS).ids(0, 20 * 3000)
+    assert not repeats.any()
     for number, first in enumerate([0, *BOUNDS[:-1]]):
         mine = set_of(ids) == number
         size = int(BOUNDS[number] - first)
@@ -186,6 +187,13 @@ def test_a_copy_continues_alike_and_carries_no_permutations() -> None:
     assert rows(pickle.loads(blob).ids(0, 3000)) == rows(before)
 
 
+def test_a_changed_order_carries_no_permutations_of_the_other() -> None:
+    order = make_mixture(SETS)
+    order.ids(0, 100)
+    changed, fresh = replace(order, seed=order.seed + 1), MixtureOrder(parts=order.parts, seed=order.seed + 1)
+    assert changed.ids(0, 100).sample_ids.tolist() == fresh.ids(0, 100).sample_ids.tolist()
+
+
 def test_the_order_is_what_it_was() -> None:
     """Golden: a change here changes every run that is resumed."""
     order = make_mixture([([3, 2], 4), ([4], 6)], seed=7)
@@ -251,3 +259,11 @@ def test_impossible_arguments() -> None:
         make_mixture([([3], 0)])
     with pytest.raises(ValueError, match="start"):
         make_mixture(SETS).ids(3, 2)
+
+
+def test_the_next_shards_are_found_beside_a_small_set_that_repeats() -> None:
+    """A set of one shard passes through it hundreds of times while the other comes to its next: looked at once."""
+    order = make_mixture([([10], 9_000), ([1_000] * 70, 1_000)], seed=7)
+    uses = list(order._first_uses(order.parts[0], 0))
+    assert len(uses) == 1
+    assert sorted(order.shards_from(5, 71)) == list(range(71))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def test_any_part_is_the_part_of_the_whole(shards_per_block: int) -> None:
         start, stop = sorted(rng.integers(0, 201, 2).tolist())
         part = reader.ids(start, stop)
         assert all(np.array_equal(some, all_of_them[start:stop]) for some, all_of_them in zip(part, whole, strict=True))
-        assert not part.replicas.any()
+        assert not part.repeats.any()
 
 
 def test_a_copy_continues_alike_and_carries_no_permutations() -> None:
@@ -61,6 +62,14 @@ def test_a_copy_continues_alike_and_carries_no_permutations() -> None:
     blob = pickle.dumps(order)
     assert len(blob) < 2000
     assert np.array_equal(pickle.loads(blob).ids(0, 10).sample_ids, before.sample_ids)
+
+
+def test_a_changed_order_carries_no_permutations_of_the_other() -> None:
+    order = make_order(COUNTS)
+    order.ids(0, 10)
+    changed = replace(order, seed=order.seed + 1)
+    fresh = make_order(COUNTS, seed=order.seed + 1)
+    assert changed.ids(0, 10).sample_ids.tolist() == fresh.ids(0, 10).sample_ids.tolist()
 
 
 def test_epochs_and_seeds_differ() -> None:

@@ -72,7 +72,7 @@ def test_sample_words_follow_the_documented_layout() -> None:
     words = sample_words(11, np.array([3]), np.array([sample_id]), 2, purpose=Purpose.DROP_PATH, num_words=6)
     first, second = (scalar_philox((11, 3), (block | 2 << 8 | 2 << 16, 0, 9, 5)) for block in (0, 1))
     assert tuple(words[0].tolist()) == (*first, *second[:2])
-    again = sample_words(11, np.array([3]), np.array([sample_id]), 2, purpose=Purpose.CROP, num_words=4, replicas=7)
+    again = sample_words(11, np.array([3]), np.array([sample_id]), 2, purpose=Purpose.CROP, num_words=4, repeats=7)
     assert tuple(again[0].tolist()) == scalar_philox((11, 3), (2 << 8 | 1 << 16, 7, 9, 5))
 
 

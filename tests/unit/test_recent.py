@@ -7,19 +7,14 @@ import pickle
 from dino_dist.data.recent import Recent
 
 
-def test_keeps_the_values_used_last_and_releases_the_others() -> None:
-    dropped: list[int] = []
-    recent: Recent[int, int] = Recent(2, dropped.append)
+def test_keeps_the_values_used_last() -> None:
+    recent: Recent[int, int] = Recent(2)
     for key in (1, 2, 1, 3):
         assert recent.get(key, lambda key=key: key * 10) == key * 10
-    assert dropped == [20]  # 1 was used after 2
-    assert recent.get(1, lambda: -1) == 10
-    recent.drop(1)
-    recent.drop(99)
-    assert dropped == [20, 10]
-    recent.clear()
-    assert dropped == [20, 10, 30]
-    assert len(recent) == 0
+    assert len(recent) == 2
+    assert recent.get(1, lambda: -1) == 10  # used after 2
+    assert recent.get(3, lambda: -1) == 30
+    assert recent.get(2, lambda: -1) == -1
 
 
 def test_a_copy_for_another_process_starts_empty() -> None:

@@ -57,9 +57,9 @@ def read(dataset: DatasetIndex, tmp_path: Path) -> Callable[[str | bytes], Selec
 
 def taken(selection: Selection) -> dict[int, int]:
     """Multiplicity by sample id, by asking for every slot."""
-    ids, replicas = selection.resolve(np.arange(selection.num_slots))
+    ids, repeats = selection.resolve(np.arange(selection.num_slots))
     for sample_id in set(ids.tolist()):
-        assert replicas[ids == sample_id].tolist() == list(range(int((ids == sample_id).sum())))
+        assert repeats[ids == sample_id].tolist() == list(range(int((ids == sample_id).sum())))
     return dict(Counter(ids.tolist()))
 
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import resource
+import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
@@ -31,12 +36,15 @@ def places_of(dataset: DatasetIndex, shard: int) -> list[tuple[int, int, int, in
 
 def test_threads_read_the_right_bytes_of_many_shards(dataset: DatasetIndex) -> None:
     """More shards than files may be open, so files are closed while others read."""
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, allowed[1]))
     source = ShardBytes(dataset=dataset)
     places = [place for shard in range(100) for place in places_of(dataset, shard)] * 5
     random.Random(0).shuffle(places)
     before = len(os.listdir("/proc/self/fd"))
     with ThreadPoolExecutor(16) as threads:
         read = list(threads.map(lambda place: source.read(*place), places))
+    resource.setrlimit(resource.RLIMIT_NOFILE, allowed)
     for place, data in zip(places, read, strict=True):
         whole = Path(dataset.shards[place[0]].location).read_bytes()
         assert data == whole[place[1] : place[1] + place[2]]
@@ -104,33 +112,73 @@ def test_threads_that_want_one_file_open_it_once(tmp_path: Path) -> None:
 
     def open_file(key: int) -> int:
         opened.append(key)
+        deadline_s = time.monotonic() + 10
+        while _threads_waiting_for_a_file() < 7 and time.monotonic() < deadline_s:
+            threading.Event().wait(0.001)
         if len(opened) == 1:
-            raise PermissionError("the first who tries fails, the next one tries again")
+            raise PermissionError("the first time")
         return os.open(tmp_path / "0", os.O_RDONLY)
 
     files = OpenFiles(4, open_file)
-    all_here = threading.Barrier(8)
 
     def read(_: int) -> bytes:
-        all_here.wait(30)
         try:
             with files.lease(0) as fd:
                 return os.pread(fd, 1, 0)
-        except PermissionError:
-            return b"failed"
+        except PermissionError as error:
+            return str(error).encode()
 
     with ThreadPoolExecutor(8) as threads:
-        assert sorted(threads.map(read, range(8))) == [b"0"] * 7 + [b"failed"]
-    assert len(opened) == 2
+        assert list(threads.map(read, range(8))) == [b"the first time"] * 8  # who waited does not try again
+        assert opened == [0]
+        assert list(threads.map(read, range(8))) == [b"0"] * 8
+    assert opened == [0, 0]
     files.close()
+
+
+def _threads_waiting_for_a_file() -> int:
+    count = 0
+    for frame in sys._current_frames().values():
+        names = set()
+        at: FrameType | None = frame
+        while at is not None:
+            names.add(at.f_code.co_name)
+            at = at.f_back
+        count += {"lease", "wait_for"} <= names
+    return count
+
+
+def test_an_error_of_the_file_system_names_the_shard(dataset: DatasetIndex) -> None:
+    source = ShardBytes(dataset=dataset)
+    location = Path(dataset.shards[0].location)
+    location.rename(location.with_suffix(".kept"))
+    location.symlink_to(location.name)
+    with pytest.raises(UserError, match=rf"^{location}: Too many levels of symbolic links; see to its file system"):
+        source.read(*places_of(dataset, 0)[0])
+    source.close()
+
+
+def test_a_copy_with_changes_shares_nothing(dataset: DatasetIndex) -> None:
+    source = ShardBytes(dataset=dataset)
+    source.read(*places_of(dataset, 0)[0])
+    other = replace(source, dataset=replace(dataset, shards=dataset.shards[1:], first_ids=dataset.first_ids[1:] - 3))
+    assert other.read(*places_of(other.dataset, 0)[0]) == source.read(*places_of(dataset, 1)[0])
+    source.close()
+    other.close()
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [("cache_bytes", 0), ("max_attempts", 0), ("timeout_s", 0.0), ("timeout_s", 1e9), ("prefetch_shards", -1)],
 )
-def test_impossible_options_are_named(field: str, value: float) -> None:
-    with pytest.raises(UserError, match=rf"^{field}=.* must be"):
+def test_impossible_options_are_named_as_users_know_them(field: str, value: float) -> None:
+    known_as = {
+        "cache_bytes": "cache_gib",
+        "max_attempts": "store_attempts",
+        "timeout_s": "store_timeout_s",
+        "prefetch_shards": "cache_ahead_shards",
+    }
+    with pytest.raises(UserError, match=rf"^data\.{known_as[field]}=.* must be"):
         StoreOptions(**{field: value})
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import resource
 import tarfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from PIL import Image
 from dino_dist.data.reading.decode import DecodeRules
 from dino_dist.data.reading.stream import BadRecord, Sample, SampleReader
 from dino_dist.data.shards.index import open_dataset
+from dino_dist.data.stores.store_options import StoreCounts
 from dino_dist.errors import UserError
 
 RULES = DecodeRules(max_member_bytes=2**20, max_pixels=10**6)
@@ -101,14 +103,23 @@ def test_shards_that_changed_or_went_are_named(tmp_path: Path) -> None:
         reader.read(0)
 
 
-def test_open_files_are_bounded(tmp_path: Path) -> None:
+@pytest.fixture
+def few_descriptors() -> Iterator[int]:
+    """How many this process may have open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (320, hard))
+    yield 320
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_open_files_are_bounded(tmp_path: Path, few_descriptors: int) -> None:
     reader = make_reader(tmp_path / "s", [[png(i)] for i in range(100)])
     before = len(os.listdir("/proc/self/fd"))
     for sample_id in range(100):
         reader.read(sample_id)
-    assert len(os.listdir("/proc/self/fd")) <= before + 2 * 64  # shards, and their indexes
+    assert len(os.listdir("/proc/self/fd")) <= before + few_descriptors // 2  # shards, and their indexes
     reader.close()
-    assert len(os.listdir("/proc/self/fd")) <= before + 64
+    assert len(os.listdir("/proc/self/fd")) <= before + few_descriptors // 4
     assert (reader.read(7).pixels == 7).all()
 
 
@@ -156,6 +167,9 @@ class Elsewhere:
     def will_need(self, shards: Sequence[int]) -> None:
         self.asked.extend((shard, 0, 0) for shard in shards)
 
+    def counts(self) -> StoreCounts:
+        return StoreCounts(requests=len(self.asked))
+
     def close(self) -> None:
         self.asked.clear()
 
@@ -168,5 +182,6 @@ def test_the_source_of_bytes_may_be_another(tmp_path: Path) -> None:
     assert source.asked == [(1, len(png(2)), zlib.crc32(png(2)))]
     reader.will_need([1, 0])
     assert source.asked[1:] == [(1, 0, 0), (0, 0, 0)]
+    assert reader.store_counts() == StoreCounts(requests=3)
     reader.close()
     assert source.asked == []

@@ -111,7 +111,7 @@ def test_a_selection_takes_its_samples_as_often_as_it_says(
         assert Counter(epoch_ids(training_set, epoch)) == Counter(expected)
     order = training_set.order(seed=3, shards_per_block=2)
     stream = order.ids(0, 15)
-    keys = set(zip(stream.sample_ids.tolist(), stream.replicas.tolist(), strict=True))
+    keys = set(zip(stream.sample_ids.tolist(), stream.repeats.tolist(), strict=True))
     assert {key for key in keys if key[0] >= 10} == {(11, 0), (11, 1), (19, 0), (19, 1), (19, 2)}
     assert sorted(order.shards_from(0, 9)) == [0, 1, 2, 4]
 

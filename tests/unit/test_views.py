@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dino_dist.config import AugmentSection, Config, DataSection
+from dino_dist.data.crops.render_cpu import CpuRenderer
+from dino_dist.data.crops.render_rules import RenderRules
 from dino_dist.data.loading.batch import Batch
 from dino_dist.data.order.order import StreamIds
 from dino_dist.randomness import drop_path_uniforms
@@ -35,7 +38,7 @@ def description(rates: tuple[float, ...] = RATES, augment: AugmentSection = SMAL
 
 
 def stream(ids: NDArray[np.int64], epochs: NDArray[np.int64]) -> StreamIds:
-    return StreamIds(epochs=epochs, sample_ids=ids, replicas=np.zeros_like(ids))
+    return StreamIds(epochs=epochs, sample_ids=ids, repeats=np.zeros_like(ids))
 
 
 def factors(ids: NDArray[np.int64], *, epoch: int = 0, seed: int = 7) -> Tensor:
@@ -160,7 +163,7 @@ def batch_of(augment: AugmentSection, ids: tuple[int, ...]) -> Batch:
         sample_ids=torch.from_numpy(ids_of(*ids)),
         epochs=torch.from_numpy(epochs),
         labels=torch.full((len(ids),), -1),
-        replicas=torch.zeros(len(ids), dtype=torch.int64),
+        repeats=torch.zeros(len(ids), dtype=torch.int64),
         step=0,
         extra=description(augment=augment)(stream(ids_of(*ids), epochs), sizes),
     )
@@ -200,7 +203,7 @@ def test_an_images_views_do_not_depend_on_its_neighbours() -> None:
 
 def test_a_repeat_of_a_sample_drops_other_branches() -> None:
     ids, zeros = np.full(60, 5, dtype=np.int64), np.zeros(60, dtype=np.int64)
-    repeats = description()(StreamIds(epochs=zeros, sample_ids=ids, replicas=np.arange(60)), sizes_of(60))["drop_path"]
+    repeats = description()(StreamIds(epochs=zeros, sample_ids=ids, repeats=np.arange(60)), sizes_of(60))["drop_path"]
     assert len(repeats.flatten(0, 1).T.reshape(5, 60, -1)[0].unique(dim=0)) > 5
     assert torch.equal(repeats.unflatten(2, (5, 60))[..., 0], factors(ids_of(5))[..., 0])
 
@@ -216,3 +219,29 @@ def test_a_teacher_may_be_spared_all_colors() -> None:
     usual = renderer(colorful)(batch_of(colorful, (1, 2, 3)))
     assert torch.equal(views.global_crops, usual.global_crops)
     assert usual.teacher_crops is usual.global_crops
+
+
+@pytest.mark.parametrize(
+    ("changes", "rules"),
+    [
+        ({"blur_filter": "taps9"}, {"blur": "taps9"}),
+        ({"quantize": "uint8"}, {"quantize": "uint8"}),
+        ({"share_jitter": True}, {"jitter_before_crop": True}),
+        ({"teacher_sees_colors": False}, {"plain_views": 2}),
+    ],
+)
+def test_every_option_of_rendering_reaches_the_renderer(changes: dict[str, Any], rules: dict[str, Any]) -> None:
+    colorful = replace(SMALL, jitter_p=1.0, blur_local_p=1.0)
+    augment = replace(colorful, **changes)
+    batch = batch_of(augment, (1, 2, 3))
+    data = DataSection()
+    renders = CpuRenderer(view_recipes(augment), rules=RenderRules(mean=data.mean, std=data.std, **rules))
+    expected = renders(batch.pixels, batch.sizes, batch.extra["crops"])
+    views, usual = renderer(augment)(batch), renderer(colorful)(batch)
+    assert views.local_crops is not None
+    assert usual.local_crops is not None
+    assert torch.equal(views.local_crops, expected.views[1])
+    if expected.plain is None:
+        assert not torch.equal(views.local_crops, usual.local_crops)
+    else:
+        assert torch.equal(views.teacher_crops, expected.plain)

@@ -1,7 +1,8 @@
 """Multi-crop: renders the views that `crop_parameters.draw` describes, on whatever device the images are.
 
 Nothing random happens here. On the CPU the views are computed one by one, and only what each asks for; elsewhere whole
-batches are products of fixed shapes, which nobody waits for. Both agree within rounding. Where products are float32,
+batches are products of fixed shapes, which nobody waits for. Both agree within rounding (where
+every step rounds to uint8, as far as torchvision on the two devices does). Where products are float32,
 torch's float32 matmul precision must stay at "highest" (its default): TF32 shifts pixels by up to a quarter of a level.
 """
 

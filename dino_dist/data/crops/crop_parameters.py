@@ -1,7 +1,7 @@
 """Multi-crop parameters: where each view is cut and how its colours change, drawn on the CPU in float64.
 
 Semantics are those of DINO (arXiv:2104.14294 and its published transforms): RandomResizedCrop, horizontal flip, colour
-jitter, grayscale, blur, solarize, each view drawn on its own. A draw depends on (seed, epoch, sample id, replica, view,
+jitter, grayscale, blur, solarize, each view drawn on its own. A draw depends on (seed, epoch, sample id, repeat, view,
 image size) and on the recipe, never on the batch, the rank or the device: the device only renders (`augment.py`).
 """
 
@@ -125,12 +125,12 @@ def draw(
     epochs: NDArray[np.int64],
     sample_ids: NDArray[np.int64],
     sizes: NDArray[np.int64],
-    replicas: int | NDArray[np.int64] = 0,
+    repeats: int | NDArray[np.int64] = 0,
     share_jitter: bool = False,
 ) -> Floats:
     """Parameters of every view of every sample: float64 [views, n, len(Column)].
 
-    `epochs`, `sample_ids` and `replicas` (see `randomness.sample_words`) are [n], `sizes` is [n, 2] with the height and
+    `epochs`, `sample_ids` and `repeats` (see `randomness.sample_words`) are [n], `sizes` is [n, 2] with the height and
     width of the decoded images in px. `share_jitter`: jitter and grayscale of an image's first view hold for all.
     """
     sizes = np.asarray(sizes, dtype=np.int64)
@@ -144,7 +144,7 @@ def draw(
         np.repeat(np.arange(num_views, dtype=np.int64), n),
         purpose=Purpose.CROP,
         num_words=_NUM_WORDS,
-        replicas=np.tile(np.broadcast_to(replicas, (n,)), num_views),
+        repeats=np.tile(np.broadcast_to(repeats, (n,)), num_views),
     ).reshape(num_views, n, _NUM_WORDS)
     rows = np.empty((num_views, n, len(Column)))
     _draw_boxes(rows, words, recipes, sizes)

@@ -68,14 +68,12 @@ class CpuRenderer:
         pictures, image_first = self._pictures, self._rules.jitter_before_crop
         pictures.open(image, rows)
         if image_first:
-            for view, target in enumerate(plain):
-                self._write(pictures.crop(view), target)
             pictures.recolor_image(rows[0])
         for view, (row, target) in enumerate(zip(rows, targets, strict=True)):
             picture = pictures.crop(view)
+            if view < len(plain):
+                self._write(picture, plain[view])
             if not image_first:
-                if view < len(plain):
-                    self._write(picture, plain[view])
                 picture = pictures.recolor(picture, row)
             picture = pictures.blur(picture, view)
             if row[Column.SOLARIZE]:

@@ -7,9 +7,9 @@ The host plans from the image sizes, which it knows, sends one small table, and 
 a CPU too, for its tests: slowly, for most weights are zero.
 
 Memory, apart from the batch's own bytes (held twice) and the views: float32 levels of all views of the batch (2.1 MB an
-image for 2 x 224 and 8 x 96 px), and in passing, without `compile`, at most 0.5 GB for a chunk of listed buckets; with
-jitter before the crop 1.2 GB, and 2.3 GB for a single image of 4096 x 4096. Beyond that it grows with the image,
-by 15 bytes a padded pixel, or 140 with jitter before the crop.
+image for 2 x 224 and 8 x 96 px), and in passing, for these views and without `compile`, at most 0.6 GB for a chunk of
+listed buckets; with jitter before the crop 1.2 GB, and 2.3 GB for a single image of 4096 x 4096. Beyond that it grows
+with the image, by 15 bytes a padded pixel, or 140 with jitter before the crop.
 """
 
 from __future__ import annotations
@@ -114,8 +114,6 @@ class ProductRenderer:
         self._operand_dtype = operand_dtype
         self._rules = rules
         self._quantize = rules.quantize is not None
-        # Views cut from a jittered image hold no plain ones: these are resampled from the original.
-        self._separate_plain = rules.jitter_before_crop and rules.plain_views > 0
         self._num_views = len(recipes)
         self._sides = _make_sides(recipes, rules, device)
         if rules.plain_views > self._sides[0].num_views:
@@ -157,14 +155,10 @@ class ProductRenderer:
             self(pixels, torch.tensor([bucket]), params)
 
     def _resample(self, pixels: Tensor, sizes: list[tuple[int, int]], rows: Tensor) -> list[Tensor]:
-        """Levels [n, views, S, 3, S] of each side, filled up with zeros to whole chunks of `FULL_CHUNK`; then, for
-        jitter before the crop, of the plain views.
-        """
+        """Levels [n, views, S, 3, S] of each side, filled up with zeros to whole chunks of `FULL_CHUNK`."""
         num = len(sizes)
         whole_chunks = -(-num // FULL_CHUNK) * FULL_CHUNK
         shapes = [(side.num_views, side.side_px) for side in self._sides]
-        if self._separate_plain:
-            shapes.append((self._rules.plain_views, self._sides[0].side_px))
         levels = [
             torch.empty((whole_chunks, views, side, 3, side), dtype=torch.float32, device=self.device)
             for views, side in shapes
@@ -216,12 +210,12 @@ class ProductRenderer:
         return self._chunk_functions[bucket]
 
     def _resample_chunk(self, bucket: Bucket, window: Tensor, place: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
-        """Levels [c, views, S, 3, S] of each side (and of plain views) from windows uint8 [c, H, 3 W], (offset, height,
-        width) int64 [c, 3] and parameters [c, views, columns].
+        """Levels [c, views, S, 3, S] of each side from windows uint8 [c, H, 3 W], (offset, height, width) int64 [c, 3]
+        and parameters [c, views, columns].
         """
-        original = to_row_planar(window, self._operand_dtype).sub_(MIDDLE_LEVEL)
-        source = original
-        if self._rules.jitter_before_crop:
+        if not self._rules.jitter_before_crop:
+            source = to_row_planar(window, self._operand_dtype).sub_(MIDDLE_LEVEL)
+        else:
             image = to_row_planar(window, torch.float32)
             inside = _inside(place, bucket)
             image = self._whole_image(image, rows[:, 0], quantize=self._quantize, inside=inside)
@@ -231,10 +225,6 @@ class ProductRenderer:
             boxes = rows[:, side.views, : Column.FLIP + 1]
             vertical, horizontal = view_weights(boxes, side.side_px, bucket, self._operand_dtype)
             results.append(self._views(source, vertical, horizontal))
-        if self._separate_plain:
-            side_px, plain = self._sides[0].side_px, self._rules.plain_views
-            boxes = rows[:, :plain, : Column.FLIP + 1]
-            results.append(self._views(original, *view_weights(boxes, side_px, bucket, self._operand_dtype)))
         return tuple(results)
 
     def _views(self, source: Tensor, vertical: Tensor, horizontal: Tensor) -> Tensor:
@@ -247,11 +237,11 @@ class ProductRenderer:
         parameters [n, views, columns].
         """
         results = []
-        for side, x in zip(self._sides, levels, strict=False):
+        for side, x in zip(self._sides, levels, strict=True):
             changed = self._change_side(side, x.flatten(0, 1), rows[:, side.views].flatten(0, 1))
             results.append(self._normalized(changed, len(rows)))
         if self._rules.plain_views:
-            plain = levels[-1] if self._separate_plain else levels[0][:, : self._rules.plain_views]
+            plain = levels[0][:, : self._rules.plain_views]
             results.append(self._normalized(plain.flatten(0, 1), len(rows)))
         return tuple(results)
 

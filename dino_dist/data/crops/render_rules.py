@@ -24,11 +24,13 @@ class RenderRules:
     blur: BlurKind = "box3"
     """box3: PIL's GaussianBlur without its roundings (DINO v1); taps9: torchvision's with 9 taps (DINOv2, DINOv3)."""
     quantize: Quantize | None = None
-    """uint8: round wherever torchvision's operations on uint8 pictures round; None: float throughout."""
+    """uint8: round wherever torchvision's operations on uint8 pictures round on that device (its resize rounds after
+    each axis on a CPU, once on CUDA); None: float throughout."""
     jitter_before_crop: bool = False
     """Colour jitter and grayscale once on the whole image, with the parameters of its first view, before any crop."""
     plain_views: int = 0
-    """So many leading views are also rendered without any change of colour, for a teacher that sees no jitter."""
+    """So many leading views are also rendered as they are cut, before anything is done to a crop's colours, for a
+    teacher that sees no jitter; a jitter of the whole image is in them."""
 
     def __post_init__(self) -> None:
         """Raise UserError for a value outside its range."""
@@ -44,4 +46,4 @@ class Rendered(NamedTuple):
     views: list[Tensor]
     """One [views * n, 3, S, S] per side, crop-major: all of the side's first view, then its second..."""
     plain: Tensor | None
-    """The first `plain_views` views cut and mirrored alike but with no change of colour; [plain_views * n, 3, S, S]."""
+    """The first `plain_views` views as they are cut and mirrored; [plain_views * n, 3, S, S]."""

@@ -106,7 +106,8 @@ def view_weights(boxes: Tensor, side_px: int, bucket: Bucket, dtype: torch.dtype
 def resize_views(centered_HCW: Tensor, vertical: Tensor, horizontal: Tensor) -> Tensor:
     """Levels [c v, S, 3, S], float32 in [0, 255], not rounded, from levels - 128 [c, H, 3, W] and `view_weights`.
 
-    Sums are float32 whatever the dtype of the operands; what passes from the first product to the second has theirs.
+    Sums are float32 whatever the dtype of the operands, as far as the library keeps them (CUDA may reduce split sums of
+    fp16 in fp16); what passes from the first product to the second has theirs.
     """
     num, height, channels, width = centered_HCW.shape
     views, side, _ = horizontal.shape

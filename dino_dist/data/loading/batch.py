@@ -23,7 +23,7 @@ class Batch:
     """int64 [n], on the CPU: the ids asked for (a stand-in for a bad sample carries the bad one's)."""
     epochs: Tensor
     """int64 [n], on the CPU."""
-    replicas: Tensor
+    repeats: Tensor
     """int64 [n], on the CPU: which repeat of the sample in its epoch."""
     labels: Tensor
     """int64 [n], on the CPU; negative where there is none."""
@@ -42,7 +42,7 @@ class Batch:
     @property
     def nbytes(self) -> int:
         """Size of all tensors."""
-        own = (self.pixels, self.sizes, self.sample_ids, self.epochs, self.replicas, self.labels)
+        own = (self.pixels, self.sizes, self.sample_ids, self.epochs, self.repeats, self.labels)
         return sum(tensor.nbytes for tensor in (*own, *self.extra.values()))
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> Batch:

@@ -25,14 +25,25 @@ _log = logging.getLogger(__name__)
 _SPARE_BUFFERS = 4
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Loan:
+    """A batch as it comes from the decoding process, whose memory is to be given back."""
+
+    batch: Batch
+    in_ring: bool
+    """Whether it lies there; else its memory is its own, and only what was reserved for it is given back."""
+    release: Callable[[], None]
+    """To be called once, when the batch is not needed any more."""
+
+
 class BatchCopies(Protocol):
     """Copies batches out of the ring."""
 
     runs_aside: bool
     """Whether it is worth to copy the next step while one is under way."""
 
-    def copy(self, lent: Batch, release: Callable[[], None]) -> Batch:
-        """A batch with memory of its own; `release` is called once `lent` is not needed any more."""
+    def copy(self, loan: Loan) -> Batch:
+        """A batch with memory of its own; the loan is released once it is not needed any more."""
         ...
 
     def hand_over(self, batches: list[Batch]) -> None:
@@ -61,16 +72,19 @@ class HostCopies:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._spare: list[Bytes] = []
+        self._returned: deque[Bytes] = deque(maxlen=_SPARE_BUFFERS)
+        """Appended to by whichever thread drops a batch, at any moment; all else is the loader's own."""
 
-    def copy(self, lent: Batch, release: Callable[[], None]) -> Batch:
+    def copy(self, loan: Loan) -> Batch:
         """See `BatchCopies`."""
-        if self._device.type == "cpu":
-            pixels = torch.from_numpy(self._buffer(lent.pixels.nbytes)).copy_(lent.pixels)
-            extra = {name: tensor.clone() for name, tensor in lent.extra.items()}
-            own = replace(lent, pixels=pixels, extra=extra)
-        else:
-            own = lent.to(self._device)
-        release()
+        own = loan.batch
+        if self._device.type != "cpu":
+            own = own.to(self._device)
+        elif loan.in_ring:
+            pixels = torch.from_numpy(self._buffer(own.pixels.nbytes)).copy_(own.pixels)
+            extra = {name: tensor.clone() for name, tensor in own.extra.items()}
+            own = replace(own, pixels=pixels, extra=extra)
+        loan.release()
         return own
 
     def hand_over(self, batches: list[Batch]) -> None:
@@ -84,22 +98,21 @@ class HostCopies:
 
     def _buffer(self, num_bytes: int) -> Bytes:
         """Memory that comes back to the spare buffers when the last tensor on it is gone."""
+        while self._returned:
+            self._spare.append(self._returned.popleft())
+        self._spare = sorted(self._spare, key=len)[-_SPARE_BUFFERS:]
         fitting = [spare for spare in self._spare if len(spare) >= num_bytes]
         whole = min(fitting, key=len) if fitting else np.empty(num_bytes + num_bytes // 8, dtype=np.uint8)
         self._spare = [spare for spare in self._spare if spare is not whole]
         part = whole[:num_bytes]  # an array object of its own, which the tensor made of it keeps
-        weakref.finalize(part, self._give_back, whole).atexit = False
+        weakref.finalize(part, self._returned.append, whole).atexit = False
         return part
-
-    def _give_back(self, whole: Bytes) -> None:
-        self._spare = sorted([*self._spare, whole], key=len)[-_SPARE_BUFFERS:]
 
 
 @dataclass(frozen=True)
 class _UnderWay:
     done: torch.cuda.Event
-    lent: Batch
-    release: Callable[[], None]
+    loan: Loan
 
 
 class CudaCopies:
@@ -125,13 +138,13 @@ class CudaCopies:
             with suppress(RuntimeError):
                 torch.zeros(1, device=device)  # else the error would be taken for that of the next kernel
 
-    def copy(self, lent: Batch, release: Callable[[], None]) -> Batch:
+    def copy(self, loan: Loan) -> Batch:
         """See `BatchCopies`."""
         with torch.cuda.stream(self._stream):
-            own = lent.to(self._device, non_blocking=True)
+            own = loan.batch.to(self._device, non_blocking=True)
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(self._stream)
-        self._under_way.append(_UnderWay(done, lent, release))
+        self._under_way.append(_UnderWay(done, loan))
         return own
 
     def hand_over(self, batches: list[Batch]) -> None:
@@ -147,7 +160,7 @@ class CudaCopies:
         while self._under_way and (wait or self._under_way[0].done.query()):  # type: ignore[no-untyped-call]
             copied = self._under_way.popleft()
             copied.done.synchronize()
-            copied.release()
+            copied.loan.release()
 
     def close(self) -> None:
         """Wait for the copies and give the memory back to the system's paging."""

@@ -2,19 +2,18 @@
 
 A micro-batch takes two rounds of its threads. The first reads its files and their headers, after which the sizes are
 known and room is reserved; the second decodes every image to its place. While the images of one are decoded, the files
-of the next are read, so that no thread waits for the slowest of a batch. A full ring holds everything up.
+of the next are read, so that no thread waits for the slowest of a batch. A full ring holds everything up; a
+micro-batch that is larger than the ring waits until all of it is free, and then travels beside it.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import traceback
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import count
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 from queue import Queue
@@ -24,6 +23,8 @@ import torch
 from numpy.typing import NDArray
 
 from dino_dist.data.loading.ring import Bytes, Region, RingClosed, RingSpace, aligned, mapped
+from dino_dist.data.loading.rounds import Round, Rounds, finish
+from dino_dist.data.loading.shard_hints import ShardHints
 from dino_dist.data.loading.worker_process import settle_worker
 from dino_dist.data.order.order import StreamIds
 from dino_dist.data.order.step_plan import Describe, StepPlan
@@ -34,10 +35,7 @@ from dino_dist.errors import UserError
 
 _DECODED_AHEAD = 2
 """Micro-batches that wait for the threads, with their files in memory."""
-_SHARDS_AHEAD = 64
-"""How far ahead shards are named to the source of bytes, which takes of them what it has room for."""
 
-Round = list["Future[tuple[int, UserError] | None]"]
 Extras = dict[str, NDArray[np.generic]]
 
 
@@ -48,6 +46,8 @@ class Placed:
     step: int
     start: int
     """Of its region in the ring, which is the rank's until it says this number."""
+    needed_bytes: int
+    """What it takes of the ring; more than all of it for one that travels beside it."""
     ids: StreamIds
     sizes: NDArray[np.int64]
     labels: NDArray[np.int64]
@@ -57,7 +57,8 @@ class Placed:
     extras: dict[str, tuple[int, tuple[int, ...], str]]
     """Where each lies from the start on, its shape and NumPy type."""
     loose: tuple[Bytes, Extras] | None
-    """Pixels and extras, where a stand-in's size is not the promised one: they lie here, not in the region."""
+    """Pixels and extras, where a stand-in's size is not the promised one, or the ring is too small for them: they lie
+    here, not in the region."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ class DecodeJob:
 class _Work:
     """One micro-batch between its ids and its being ready."""
 
+    number: int
+    """Counts the micro-batches."""
     step: int
     ids: StreamIds
     opened: list[OpenedSample | None]
@@ -101,7 +104,10 @@ class _Work:
     starts: list[int] = field(default_factory=list)
     """Of each image in the pixels, and their end."""
     extras: Extras = field(default_factory=dict)
+    needed_bytes: int = 0
     region: Region = field(default_factory=lambda: Region(0, 0))
+    pixels: Bytes = field(default_factory=lambda: np.empty(0, dtype=np.uint8))
+    """In the region, or memory of their own if that is too small."""
     displaced: dict[int, Pixels] = field(default_factory=dict)
     """Stand-ins that do not fit the place of the image that turned out bad."""
 
@@ -117,10 +123,9 @@ class DecodeProcess:
         self._lent: dict[int, Region] = {}
         self._is_ending = False
         self._sending = threading.Lock()
-        self._pool = ThreadPoolExecutor(job.num_threads, thread_name_prefix="decode")
+        self._rounds = Rounds(job.num_threads)
+        self._hints = ShardHints(job.reader, job.plan)
         self._placed: Queue[_Work | Refused | None] = Queue(maxsize=_DECODED_AHEAD)
-        remote = any(shard.is_remote for shard in job.reader.dataset.shards)
-        self._hint_from: float = -1.0 if remote else math.inf
 
     def run(self) -> None:
         """Serve until the rank closes the connection."""
@@ -134,7 +139,7 @@ class DecodeProcess:
             self._space.release(self._lent.pop(start))
         self._is_ending = True
         self._space.close()
-        self._pool.shutdown(wait=True, cancel_futures=True)  # each thread ends the image that it is at
+        self._rounds.close()
         self._job.reader.close()
 
     def crash(self, failed: threading.ExceptHookArgs) -> None:
@@ -148,66 +153,61 @@ class DecodeProcess:
 
     def _plan(self) -> None:
         before: _Work | None = None
+        numbers = count()
         for step in range(self._job.start_step, self._job.stop_step):
-            self._hint(step)
+            self._hints.before(step)
             for ids in self._job.plan.micro_batches(step):
-                work = self._start_reading(step, ids)
+                work = self._start_reading(next(numbers), step, ids)
                 if before is not None and not self._place(before):
                     return
                 before = work
         if before is not None and self._place(before):
             self._placed.put(None)
 
-    def _hint(self, step: int) -> None:
-        position = step * self._job.plan.batch_size
-        if position >= self._hint_from:
-            dataset = self._job.reader.dataset
-            self._job.reader.will_need(self._job.plan.order.shards_from(position, _SHARDS_AHEAD))
-            self._hint_from = position + max(1, dataset.num_samples // len(dataset.shards))
-
-    def _start_reading(self, step: int, ids: StreamIds) -> _Work:
-        count = len(ids.sample_ids)
+    def _start_reading(self, number: int, step: int, ids: StreamIds) -> _Work:
+        num_images = len(ids.sample_ids)
         work = _Work(
+            number=number,
             step=step,
             ids=ids,
-            opened=[None] * count,
-            labels=np.empty(count, dtype=np.int64),
-            bad=[()] * count,
+            opened=[None] * num_images,
+            labels=np.empty(num_images, dtype=np.int64),
+            bad=[()] * num_images,
         )
         sample_ids: list[int] = ids.sample_ids.tolist()
 
         def read(index: int) -> None:
             work.opened[index] = self._job.reader.open(sample_ids[index])
 
-        work.reading = self._round(read, count)
+        work.reading = self._rounds.start(number, read, num_images)
         return work
 
     def _place(self, work: _Work) -> bool:
         """Once its files are read, give it room and start decoding; False if that is the end."""
         try:
-            _finish(work.reading)
+            finish(work.reading)
+            if self._rounds.come_after_an_error(work.number):  # which is sent, and is the end
+                return False
             self._reserve(work)
         except UserError as error:
             self._placed.put(Refused(str(error)))
             return False
         except RingClosed:
             return False
-        first = work.region.start
 
         def decode(index: int) -> None:
             opened = work.opened[index]
             assert opened is not None, "read before"
             work.opened[index] = None
             height, width = work.sizes[index].tolist()
-            place = self._memory[first + work.starts[index] : first + work.starts[index + 1]]
-            place = place.reshape(height, width, 3)
+            place = work.pixels[work.starts[index] : work.starts[index + 1]].reshape(height, width, 3)
             sample = self._job.reader.decode_into(opened, place)
             if sample.pixels is not place:
                 work.displaced[index] = sample.pixels
             work.labels[index] = sample.label
             work.bad[index] = sample.bad
 
-        work.decoding = self._round(decode, len(work.opened))
+        work.decoding = self._rounds.start(work.number, decode, len(work.opened))
         self._placed.put(work)
         return True
 
@@ -219,14 +219,15 @@ class DecodeProcess:
         needed = work.starts[-1]
         for array in work.extras.values():
             needed = aligned(needed) + array.nbytes
+        work.needed_bytes = needed
         capacity = self._space.capacity
-        if needed > capacity:
-            raise UserError(
-                f"data.buffer_mib={capacity / 2**20:g} does not hold a micro-batch: its {len(sizes)} images take "
-                f"{needed / 2**20:.1f} MiB; raise data.buffer_mib or train.accumulate"
-            )
-        work.region = self._space.reserve(needed)
+        work.region = self._space.reserve(min(needed, capacity))  # all of it: no two such are under way at once
         self._lent[work.region.start] = work.region
+        num_pixel_bytes = work.starts[-1]
+        if needed <= capacity:
+            work.pixels = self._memory[work.region.start :][:num_pixel_bytes]
+        else:
+            work.pixels = np.empty(num_pixel_bytes, dtype=np.uint8)
 
     def _described(self, ids: StreamIds, sizes: NDArray[np.int64]) -> Extras:
         if self._job.describe is None:
@@ -234,26 +235,36 @@ class DecodeProcess:
         return {name: tensor.contiguous().numpy() for name, tensor in self._job.describe(ids, sizes).items()}
 
     def _send(self) -> None:
-        while (work := self._placed.get()) is not None:
-            message: Placed | Refused
-            try:
-                message = work if isinstance(work, Refused) else self._ready(work)
-            except UserError as error:
-                message = Refused(str(error))
-            try:
-                self._tell(message)
-            except ConnectionError:
-                return  # the rank is gone, which ends this process by other means
-            if isinstance(message, Refused):
-                return
+        while self._send_next():
+            pass
+
+    def _send_next(self) -> bool:
+        """False if that was the last. Holds a micro-batch no longer than this: its memory may be its own."""
+        work = self._placed.get()
+        if work is None:
+            return False
+        message: Placed | Refused
+        try:
+            message = work if isinstance(work, Refused) else self._ready(work)
+        except UserError as error:
+            message = Refused(str(error))
+        try:
+            self._tell(message)
+        except ConnectionError:
+            return False  # the rank is gone, which ends this process by other means
+        return isinstance(message, Placed)
 
     def _tell(self, message: Placed | Refused | Crashed) -> None:
         with self._sending:
             self._connection.send(message)
 
     def _ready(self, work: _Work) -> Placed:
-        _finish(work.decoding)
-        loose = self._rebuilt(work) if work.displaced else None
+        finish(work.decoding)
+        loose = None
+        if work.displaced:
+            loose = self._rebuilt(work)
+        elif work.needed_bytes > self._space.capacity:
+            loose = work.pixels, work.extras
         extras, at = {}, work.starts[-1]
         for name, array in work.extras.items():
             at = aligned(at)
@@ -265,6 +276,7 @@ class DecodeProcess:
         return Placed(
             step=work.step,
             start=work.region.start,
+            needed_bytes=work.needed_bytes,
             ids=work.ids,
             sizes=work.sizes,
             labels=work.labels,
@@ -277,41 +289,18 @@ class DecodeProcess:
 
     def _rebuilt(self, work: _Work) -> tuple[Bytes, Extras]:
         """The micro-batch with its displaced images, and with the sizes that it has now."""
-        first = work.region.start
         parts = [
-            work.displaced[index].reshape(-1) if index in work.displaced else self._memory[first + start : first + stop]
+            work.displaced[index].reshape(-1) if index in work.displaced else work.pixels[start:stop]
             for index, (start, stop) in enumerate(zip(work.starts, work.starts[1:], strict=False))
         ]
         for index, pixels in work.displaced.items():
             work.sizes[index] = pixels.shape[:2]
         return np.concatenate(parts), self._described(work.ids, work.sizes)
 
-    def _round(self, do: Callable[[int], None], count: int) -> Round:
-        """Have the threads call do(0) ... do(count - 1)."""
-        indices = iter(range(count))  # taking the next is atomic
-        return [self._pool.submit(self._take_turns, do, indices) for _ in range(min(self._job.num_threads, count))]
-
-    def _take_turns(self, do: Callable[[int], None], indices: Iterator[int]) -> tuple[int, UserError] | None:
-        for index in indices:
-            if self._is_ending:
-                break
-            try:
-                do(index)
-            except UserError as error:
-                return index, error
-        return None
-
-
-def _finish(threads: Round) -> None:
-    """Wait for a round; raises the `UserError` of the first image that had one, whoever was fastest."""
-    errors = [error for error in (thread.result() for thread in threads) if error is not None]
-    if errors:
-        raise min(errors, key=lambda found: found[0])[1]
-
 
 def serve(job: DecodeJob, connection: Connection) -> None:
     """The process's main function; it ends when the rank closes the connection, or with the rank."""
-    settle_worker(0)
+    settle_worker()
     torch.set_num_threads(1)
     memory_fd = recv_handle(connection)
     memory = mapped(memory_fd)

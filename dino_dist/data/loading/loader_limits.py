@@ -11,6 +11,8 @@ from dino_dist.data.order.order import SampleOrder
 from dino_dist.data.reading.stream import SampleReader
 
 _MEASURED_IMAGES = 32
+_SEARCHED_POSITIONS = 1024
+"""Among which they are looked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,14 +26,16 @@ class ImageCost:
 
 
 def measure_images(reader: SampleReader, order: SampleOrder, *, position: int = 0) -> ImageCost:
-    """Read and decode a few images in the calling thread, of the shard that a position lies in: a store is asked for no
-    other. Errors as in `SampleReader`.
+    """Read and decode a few images in the calling thread: those next in the stream from `position` on that lie in the
+    first one's shard, so that a store is asked for no other. Errors as in `SampleReader`.
 
-    Only the time of the core counts: waiting for a disk or a store is not what threads are scarce for.
+    Only the time that this thread spends on a core counts: not waiting for a disk or a store, which is not what threads
+    are scarce for, nor the work of other threads, such as those that fetch from a store.
     """
-    first = int(order.ids(position, position + 1).sample_ids[0])
-    stop = int(reader.dataset.first_ids[reader.dataset.locate_one(first) + 1])
-    ids = range(first, min(first + _MEASURED_IMAGES, stop))
+    stop = position + min(_SEARCHED_POSITIONS, order.samples_per_epoch)
+    stream_ids = order.ids(position, stop).sample_ids
+    shards, _ = reader.dataset.locate(stream_ids)
+    ids = stream_ids[shards == shards[0]][:_MEASURED_IMAGES].tolist()
     reader.read(ids[0])  # opens files
     start_s = time.thread_time()
     pixel_bytes = sum(reader.read(sample_id).pixels.nbytes for sample_id in ids)

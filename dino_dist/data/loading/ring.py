@@ -34,7 +34,8 @@ def aligned(num_bytes: int) -> int:
 
 
 def shared_memory(num_bytes: int) -> int:
-    """A descriptor of new memory, which takes no more than what was ever used of it; the caller closes it.
+    """A descriptor of new memory, which takes no more than what was ever used of it, unless it is page-locked (as on
+    CUDA), which takes all of it at once; the caller closes it.
 
     `UserError` if the machine has less that is free.
     """

@@ -31,7 +31,7 @@ def forkserver_context() -> ForkServerContext:
     Blocking in this process lasts only while it starts; a signal that comes meanwhile is delivered afterwards.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_PRELOADED))  # torch is imported once, not once a worker
+    context.set_forkserver_preload(list(_PRELOADED))  # imported once, not once a worker
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _JOB_SIGNALS)
     try:
         resource_tracker.ensure_running()
@@ -43,14 +43,14 @@ def forkserver_context() -> ForkServerContext:
     return context
 
 
-def settle_worker(worker: int) -> None:
-    """Obey nobody's signals but the rank's, and end with it; for `worker_init_fn`, which gives the worker's number."""
+def settle_worker() -> None:
+    """Obey nobody's signals but the rank's, and end with it; to be called first in a worker."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _JOB_SIGNALS)  # threads inherit it, and the watch below takes them
     signal.signal(signal.SIGCONT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid is not None:
         for watch, name in ((_end_with, "life"), (_end_when_told_by, "signals")):
-            threading.Thread(target=watch, args=(parent,), name=f"data-worker-{worker}-{name}", daemon=True).start()
+            threading.Thread(target=watch, args=(parent,), name=f"data-worker-{name}", daemon=True).start()
 
 
 def _end_with(parent: BaseProcess) -> None:
@@ -76,7 +76,7 @@ def map_in_processes(function: Callable[[T], R], items: Sequence[T], *, num_work
         yield from map(function, items)
         return
     workers = min(num_workers, len(items))
-    pool = ProcessPoolExecutor(workers, mp_context=forkserver_context(), initializer=settle_worker, initargs=(0,))
+    pool = ProcessPoolExecutor(workers, mp_context=forkserver_context(), initializer=settle_worker)
     try:
         yield from pool.map(function, items)
     finally:

@@ -50,8 +50,8 @@ class Part:
         stream = self.order.ids(start, stop)
         if self.selection is None:
             return stream._replace(sample_ids=stream.sample_ids + self.first_id)
-        sample_ids, replicas = self.selection.resolve(stream.sample_ids)
-        return StreamIds(epochs=stream.epochs, sample_ids=sample_ids + self.first_id, replicas=replicas)
+        sample_ids, repeats = self.selection.resolve(stream.sample_ids)
+        return StreamIds(epochs=stream.epochs, sample_ids=sample_ids + self.first_id, repeats=repeats)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,7 +69,9 @@ class MixtureOrder:
 
     parts: tuple[Part, ...]
     seed: int
-    _windows: Recent[tuple[int, int], _Window] = field(default_factory=lambda: Recent(_WINDOWS_HELD), repr=False)
+    _windows: Recent[tuple[int, int], _Window] = field(
+        init=False, default_factory=lambda: Recent(_WINDOWS_HELD), repr=False
+    )
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.parts) <= MAX_PARTS or min(part.epoch_count for part in self.parts) < 1:
@@ -101,9 +103,17 @@ class MixtureOrder:
         return first_distinct(uses, min(count, sum(len(part.shards) for part in self.parts)))
 
     def _first_uses(self, part: Part, start: int) -> Iterator[tuple[int, int]]:
-        """(positions of the mixture from now on, joined shard) of each next shard of a part."""
+        """(positions of the mixture from now on, joined shard) of each shard of a part, when it is first used; a small
+        part passes through its shards again and again while a large one comes to its next.
+        """
+        seen: set[int] = set()
+        stride = self.samples_per_epoch / part.epoch_count
         for position, shard in part.order.first_uses(start):
-            yield (position - start) * self.samples_per_epoch // part.epoch_count, int(part.shards[shard])
+            if shard not in seen:
+                seen.add(shard)
+                yield int((position - start) * stride), int(part.shards[shard])
+            if len(seen) == len(part.shards):
+                return
 
     def _own_positions(self, position: int) -> list[int]:
         """Position of each part in its own stream when the mixture is at `position`: what a resume starts from."""
@@ -169,7 +179,8 @@ def apportioned(weights: Sequence[Fraction], total: int) -> list[int]:
     Each part gets its exact quota rounded down; what is left goes, one each, to those with the largest remainders, and
     among equal ones to those that come first.
     """
-    quotas = [total * weight / sum(weights) for weight in weights]
+    total_weight = sum(weights)
+    quotas = [total * weight / total_weight for weight in weights]
     counts = [int(quota) for quota in quotas]
     by_remainder = sorted(range(len(quotas)), key=lambda k: counts[k] - quotas[k])
     for k in by_remainder[: total - sum(counts)]:

@@ -99,7 +99,7 @@ def _set(entry: Any, where: str, folder: Path) -> SetSpec:
 
 def _weight(value: Any, where: str) -> Fraction:
     if isinstance(value, int | float) and not isinstance(value, bool) and 1 / MAX_WEIGHT <= value <= MAX_WEIGHT:
-        return Fraction(value)
+        return Fraction(repr(value))  # 0.3 is three tenths
     hint = " (YAML takes 1e-3 for text: write 0.001)" if isinstance(value, str) else ""
     raise UserError(f"{where}.weight={_shown(value)} must be a positive number such as 0.5{hint}")
 

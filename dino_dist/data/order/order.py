@@ -33,7 +33,7 @@ class StreamIds(NamedTuple):
     """Which pass through its data set each sample belongs to."""
     sample_ids: Ids
     """Global ids in the (joined) data set."""
-    replicas: Ids
+    repeats: Ids
     """Which repeat of the sample in its pass this is: 0 but for samples that a selection repeats."""
 
 
@@ -81,8 +81,8 @@ class Order:
     """Samples mix within this many shards: larger is more random, smaller reads less at random."""
     part: int = 0
     """Number of the data set in a mixture, below 2^16: sets of equal sizes are shuffled differently."""
-    _epochs: Recent[int, _EpochPlan] = field(default_factory=lambda: Recent(_EPOCHS_HELD), repr=False)
-    _blocks: Recent[tuple[int, int], Ids] = field(default_factory=lambda: Recent(_BLOCKS_HELD), repr=False)
+    _epochs: Recent[int, _EpochPlan] = field(init=False, default_factory=lambda: Recent(_EPOCHS_HELD), repr=False)
+    _blocks: Recent[tuple[int, int], Ids] = field(init=False, default_factory=lambda: Recent(_BLOCKS_HELD), repr=False)
 
     def __post_init__(self) -> None:
         if self.shards_per_block < 1:
@@ -98,7 +98,7 @@ class Order:
         return int(self.shard_counts.sum())
 
     def ids(self, start: int, stop: int) -> StreamIds:
-        """What stands at the positions [start, stop) of the stream; no replicas."""
+        """What stands at the positions [start, stop) of the stream; no repeats."""
         if not 0 <= start <= stop:
             raise ValueError(f"start={start} and stop={stop} must satisfy 0 <= start <= stop")
         epochs = np.arange(start, stop, dtype=np.int64) // self.samples_per_epoch
@@ -109,7 +109,7 @@ class Order:
             part = self._ids_in_block(epoch, in_epoch, stop - position)
             parts.append(part)
             position += len(part)
-        return StreamIds(epochs=epochs, sample_ids=np.concatenate(parts), replicas=np.zeros_like(epochs))
+        return StreamIds(epochs=epochs, sample_ids=np.concatenate(parts), repeats=np.zeros_like(epochs))
 
     def shards_from(self, position: int, count: int) -> list[int]:
         """See `SampleOrder`."""

@@ -60,7 +60,7 @@ class Selection:
         return digest.hexdigest()
 
     def resolve(self, slots: Ids) -> tuple[Ids, Ids]:
-        """Sample ids and replicas (0 .. multiplicity - 1) of slots, int64 [n] each."""
+        """Sample ids and repeats (0 .. multiplicity - 1) of slots, int64 [n] each."""
         rows = np.searchsorted(self.first_slots, slots, side="right") - 1
         return self.sample_ids[rows], slots - self.first_slots[rows]
 

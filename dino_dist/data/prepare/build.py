@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -126,8 +127,11 @@ def _claim(dst: Path, found: SourceSet, options: BuildOptions) -> None:
         old = old if isinstance(old, dict) else {}
         other = ", ".join(key for key in plan if old.get(key) != plan[key])
         raise UserError(f"{dst} holds shards of another build (different: {other}); empty it or choose another folder")
-    (dst / REJECTED_NAME).unlink(missing_ok=True)
-    write_atomically(path, (json.dumps(plan, indent=1) + "\n").encode())
+    try:
+        (dst / REJECTED_NAME).unlink(missing_ok=True)
+        write_atomically(path, (json.dumps(plan, indent=1) + "\n").encode())
+    except OSError as error:
+        raise _unwritable(dst, error) from error
 
 
 def _rejected(dst: Path, found: SourceSet, options: BuildOptions, num_workers: int) -> set[int]:
@@ -140,7 +144,10 @@ def _rejected(dst: Path, found: SourceSet, options: BuildOptions, num_workers: i
             for start in range(0, len(sources), _CHECK_CHUNK)
         ]
         rows = [row for part in map_in_processes(_check_chunk, chunks, num_workers=num_workers) for row in part]
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        try:
+            write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        except OSError as error:
+            raise _unwritable(dst, error) from error
     return {json.loads(line)["number"] for line in path.read_text().splitlines()}
 
 
@@ -190,14 +197,25 @@ def _shard_tasks(dst: Path, accepted: list[Source], options: BuildOptions) -> li
 
 def _write_shard(task: _ShardTask) -> None:
     temporary = task.path.with_suffix(".tar.tmp")
-    # A time, an owner or a name would make the bytes depend on when and by whom they were written.
-    with open(temporary, "wb") as file:
-        with webdataset.TarWriter(file, mtime=0, encoder=False) as writer:
-            for key, source in zip(task.keys, task.sources, strict=True):
-                writer.write({"__key__": key, **_members(source, task.options)})
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, task.path)
+    try:
+        # A time, an owner or a name would make the bytes depend on when and by whom they were written.
+        with open(temporary, "wb") as file:
+            with webdataset.TarWriter(file, mtime=0, encoder=False) as writer:
+                for key, source in zip(task.keys, task.sources, strict=True):
+                    writer.write({"__key__": key, **_members(source, task.options)})
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, task.path)
+    except OSError as error:  # of writing: `_read` has taken care of its own
+        with suppress(OSError):
+            temporary.unlink()  # its bytes may be what the disk lacks
+        raise _unwritable(task.path.parent, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{folder} cannot be written to ({error.strerror or error}); see to its disk, then give the same command again"
+    )
 
 
 def _members(source: Source, options: BuildOptions) -> dict[str, bytes]:
@@ -224,6 +242,8 @@ def _read(source: Source, rules: DecodeRules) -> bytes:
             return file.read(source.size_bytes)
     except (FileNotFoundError, PermissionError) as error:
         raise BadSample(f"{error.strerror}") from error
+    except OSError as error:
+        raise UserError(f"{source.path}: {error.strerror or error}; see to its disk, then build again") from error
 
 
 def _resized(data: bytes, short_px: int, options: BuildOptions) -> bytes:

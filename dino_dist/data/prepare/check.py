@@ -144,6 +144,8 @@ def _check_shard(task: _Task) -> _Part:
         index_is_right = _index_is_right(task.dataset.shards[0], task.store)
     except UserError as error:
         unreadable = str(error)
+    except OSError as error:
+        unreadable = f"{task.dataset.shards[0].location}: {error.strerror or error}"
     finally:
         reader.close()
     digests = [hashlib.blake2b(bytes(key), digest_size=8).digest() for key in records["key"]]

@@ -19,6 +19,14 @@ class _Handle:
     dropped: bool = False
 
 
+@dataclass(slots=True)
+class _Opening:
+    """A file that one thread opens and others wait for."""
+
+    is_done: bool = False
+    error: BaseException | None = None
+
+
 class OpenFiles:
     """Descriptors of the `capacity` files used last, opened by `open_file(key)` when asked for."""
 
@@ -28,12 +36,16 @@ class OpenFiles:
         self._capacity = capacity
         self._open_file = open_file
         self._handles: OrderedDict[int, _Handle] = OrderedDict()
-        self._opening: set[int] = set()
+        self._opening: dict[int, _Opening] = {}
         self._lock = threading.Condition()
 
     @contextmanager
     def lease(self, key: int) -> Iterator[int]:
-        """The descriptor of one file, which stays open at least as long as the context does."""
+        """The descriptor of one file, which stays open at least as long as the context does.
+
+        Threads that want the same file open it once. If that fails, all that waited for it have the same exception: a
+        store that stalls is not asked once for each of them.
+        """
         handle = self._taken(key) or self._opened(key)
         try:
             yield handle.fd
@@ -66,28 +78,36 @@ class OpenFiles:
     def _taken(self, key: int) -> _Handle | None:
         """The handle of a file that is open; None makes it the caller's task to open it."""
         with self._lock:
-            self._lock.wait_for(lambda: key not in self._opening)
+            while (opening := self._opening.get(key)) is not None:
+                self._lock.wait_for(lambda awaited=opening: awaited.is_done)  # type: ignore[misc]
+                if opening.error is not None:
+                    raise opening.error
             handle = self._handles.get(key)
             if handle is None:
-                self._opening.add(key)
+                self._opening[key] = _Opening()
             else:
                 self._handles.move_to_end(key)
                 handle.readers += 1
             return handle
 
     def _opened(self, key: int) -> _Handle:
-        fd: int | None = None
         try:
             fd = self._open_file(key)  # outside the lock: a network may take its time
-        finally:
+        except BaseException as error:
             with self._lock:
-                self._opening.discard(key)
-                if fd is not None:
-                    while len(self._handles) >= self._capacity:
-                        self._drop(next(iter(self._handles)))
-                    handle = self._handles[key] = _Handle(fd, readers=1)
-                self._lock.notify_all()
+                self._end_opening(key, error)
+            raise
+        with self._lock:
+            while len(self._handles) >= self._capacity:
+                self._drop(next(iter(self._handles)))
+            handle = self._handles[key] = _Handle(fd, readers=1)
+            self._end_opening(key, None)
         return handle
+
+    def _end_opening(self, key: int, error: BaseException | None) -> None:
+        opening = self._opening.pop(key)
+        opening.is_done, opening.error = True, error if isinstance(error, Exception) else None
+        self._lock.notify_all()
 
     def _drop(self, key: int) -> None:
         handle = self._handles.pop(key, None)

@@ -15,15 +15,16 @@ from pathlib import Path
 
 from dino_dist.data.reading.open_files import OpenFiles
 from dino_dist.data.reading.shard_cache import PROTECT_S, CacheUnavailableError, RemoteShard, ShardCache, mark_used
+from dino_dist.data.shards.descriptors import share_of_descriptors
 from dino_dist.data.shards.index import DatasetIndex
 from dino_dist.data.stores.remote_store import RemoteStore, StoreClosed
-from dino_dist.data.stores.store_errors import changed_error
+from dino_dist.data.stores.store_errors import changed_error, index_it_again
 from dino_dist.data.stores.store_options import StoreCounts, StoreOptions, Tally
 from dino_dist.errors import UserError
 
 _log = logging.getLogger(__name__)
 
-_OPEN_FILES = 64
+_OPEN_FILES = 256
 _MARK_EVERY_S = 1.0
 _LEAVE_CACHE_S = 30.0
 """After the cache could not take a shard, how long it is read directly before the cache is asked again."""
@@ -50,13 +51,14 @@ class RemoteBytes:
                 folder=Path(options.cache_dir).absolute(), options=options, store=self._store, tally=self._tally
             )
         )
-        self._files = OpenFiles(_OPEN_FILES, self._open_cached)
+        self._files = OpenFiles(share_of_descriptors(_OPEN_FILES), self._open_cached)
         self._lock = threading.Lock()
         self._marked_s: dict[int, float] = {}
         self._direct_until_s: dict[int, float] = {}
         self._not_ahead_s: dict[int, float] = {}
         self._right_size: set[int] = set()
         self._said: set[str] = set()
+        self._hinted: tuple[int, ...] = ()
         self._prefetch = _Prefetch(self._fetch_ahead)
 
     def read(self, shard: int, offset: int, size: int, crc32: int) -> bytes:
@@ -70,7 +72,8 @@ class RemoteBytes:
 
     def will_need(self, shards: Sequence[int]) -> None:
         """Fetch the first of these that are not in use here, in this order, instead of those hinted at before."""
-        self._prefetch.replace([shard for shard in shards if shard not in self._files][: self._options.prefetch_shards])
+        self._hinted = self._what_fits(shards)
+        self._prefetch.replace([shard for shard in self._hinted if shard not in self._files])
 
     def counts(self) -> StoreCounts:
         """The counts so far."""
@@ -82,6 +85,24 @@ class RemoteBytes:
         self._store.close()
         self._files.close()
 
+    def _what_fits(self, shards: Sequence[int]) -> tuple[int, ...]:
+        """The next shards that the cache holds beside those in use: more would push out what is needed first."""
+        in_use_since_s = self._clock_s() - PROTECT_S
+        in_use = {shard for shard, marked_s in list(self._marked_s.items()) if marked_s > in_use_since_s}
+        left_bytes = self._options.cache_bytes - sum(self._bytes_of(shard) for shard in in_use.difference(shards))
+        left_shards = self._options.prefetch_shards
+        fitting: list[int] = []
+        for shard in shards:
+            left_bytes -= self._bytes_of(shard)
+            left_shards -= shard not in self._files
+            if left_bytes < 0 or left_shards < 0:
+                break
+            fitting.append(shard)
+        return tuple(fitting)
+
+    def _bytes_of(self, shard: int) -> int:
+        return self._dataset.shards[shard].row.bytes
+
     def _read_directly(self, shard: int, offset: int, size: int, crc32: int) -> bytes:
         entry = self._dataset.shards[shard]
         if shard not in self._right_size:  # once: a shard that was replaced is told from one with a damaged sample
@@ -89,7 +110,13 @@ class RemoteBytes:
             if now != entry.row.bytes:
                 raise changed_error(entry.location, now_bytes=now, indexed_bytes=entry.row.bytes)
             self._right_size.add(shard)
-        return self._store.read(entry.location, offset, size, lambda data: zlib.crc32(data) == crc32)
+        return self._store.read(
+            entry.location,
+            offset,
+            size,
+            lambda data: zlib.crc32(data) == crc32,
+            if_wrong=index_it_again(entry.index_path),
+        )
 
     def _read_cached(self, cache: ShardCache, shard: int, offset: int, size: int, crc32: int) -> bytes | None:
         """The bytes by way of the cache; None if it cannot give them."""
@@ -99,6 +126,11 @@ class RemoteBytes:
                 self._mark_used(shard, fd)
         except CacheUnavailableError as error:
             self._say_once("unavailable", f"samples are read from the store one by one, for lack of a cache: {error}")
+            return None
+        except OSError as error:  # the disk of this node fails; the store does not
+            self._say_once("unreadable", f"the cache {cache.folder} cannot be read ({error.strerror}): the store is")
+            self._files.drop(shard)
+            self._leave_cache(shard)
             return None
         if len(data) == size and zlib.crc32(data) == crc32:
             return data
@@ -115,14 +147,15 @@ class RemoteBytes:
         try:
             fd = self._cache.open(self._remote_shard(shard))
         except CacheUnavailableError:
-            self._direct_until_s[shard] = self._clock_s() + _LEAVE_CACHE_S
+            self._leave_cache(shard)
             raise
         # A file that made room takes space as long as it is open here.
         idle_since_s = self._clock_s() - PROTECT_S
-        self._files.drop_where(
-            lambda key, other: self._marked_s.get(key, 0.0) < idle_since_s and os.fstat(other).st_nlink == 0
-        )
+        self._files.drop_where(lambda key, other: self._marked_s.get(key, 0.0) < idle_since_s and _is_removed(other))
         return fd
+
+    def _leave_cache(self, shard: int) -> None:
+        self._direct_until_s[shard] = self._clock_s() + _LEAVE_CACHE_S
 
     def _fetch_ahead(self, shard: int) -> None:
         assert self._cache is not None
@@ -133,11 +166,15 @@ class RemoteBytes:
         ):
             return
         self._not_ahead_s[shard] = now_s + _ASK_AGAIN_S
+        for wanted in self._hinted:  # what is not wanted makes room
+            self._cache.keep(self._remote_shard(wanted))
         os.close(self._cache.open(remote, wait=False))
 
     def _remote_shard(self, shard: int) -> RemoteShard:
         entry = self._dataset.shards[shard]
-        return RemoteShard(entry.location, entry.row.bytes, entry.row.sha256, partial(self._dataset.records, shard))
+        return RemoteShard(
+            entry.location, entry.row.bytes, entry.row.sha256, partial(self._dataset.records, shard), entry.index_path
+        )
 
     def _mark_used(self, shard: int, fd: int) -> None:
         now_s = self._clock_s()
@@ -151,6 +188,13 @@ class RemoteBytes:
             self._said.add(about)
         if is_new:
             _log.warning(line)
+
+
+def _is_removed(fd: int) -> bool:
+    try:
+        return os.fstat(fd).st_nlink == 0
+    except OSError:  # its file system has lost it
+        return True
 
 
 class _Prefetch:

@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from dino_dist.data.reading.decode import BadSample
 from dino_dist.data.reading.open_files import OpenFiles
 from dino_dist.data.reading.remote_bytes import RemoteBytes
+from dino_dist.data.shards.descriptors import share_of_descriptors
 from dino_dist.data.shards.index import DatasetIndex
 from dino_dist.data.stores.store_options import StoreCounts, StoreOptions
 from dino_dist.errors import UserError
 
 __all__ = ["ShardBytes", "StoreCounts", "StoreOptions"]
 
-_OPEN_FILES = 64
+_OPEN_FILES = 256
 
 
 class _Here:
@@ -36,7 +37,7 @@ class ShardBytes:
 
     dataset: DatasetIndex
     options: StoreOptions = field(default_factory=StoreOptions)
-    _here: dict[int, _Here] = field(default_factory=dict, repr=False)
+    _here: dict[int, _Here] = field(default_factory=dict, init=False, repr=False)
 
     def read(self, shard: int, offset: int, size: int, crc32: int) -> bytes:
         """`size` bytes at `offset` of a shard, whose CRC-32 is `crc32` (as the index says).
@@ -86,7 +87,7 @@ class _LocalBytes:
 
     def __init__(self, dataset: DatasetIndex) -> None:
         self._dataset = dataset
-        self._files = OpenFiles(_OPEN_FILES, self._open)
+        self._files = OpenFiles(share_of_descriptors(_OPEN_FILES), self._open)
 
     def read(self, shard: int, offset: int, size: int, crc32: int) -> bytes:
         """As `ShardBytes.read`."""
@@ -112,8 +113,14 @@ class _LocalBytes:
             # A network file system loses handles when its server restarts: once more, with a new one, then fail. An
             # I/O error must not pass for a bad sample: it would make the stream depend on the moment.
             self._files.drop(shard)
-            with self._files.lease(shard) as fd:
-                return os.pread(fd, size, offset)
+            try:
+                with self._files.lease(shard) as fd:
+                    return os.pread(fd, size, offset)
+            except OSError as error:
+                raise UserError(
+                    f"{self._dataset.shards[shard].location}: {error.strerror or error}; see to its file system, then "
+                    f"start again"
+                ) from error
 
     def _open(self, shard: int) -> int:
         entry = self._dataset.shards[shard]
@@ -121,7 +128,11 @@ class _LocalBytes:
             fd = os.open(entry.location, os.O_RDONLY | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
             raise UserError(f"{entry.location}: {error.strerror}; the data set needs this shard, restore it") from error
-        size = os.fstat(fd).st_size
+        try:
+            size = os.fstat(fd).st_size
+        except OSError:
+            os.close(fd)
+            raise
         if size != entry.row.bytes:
             os.close(fd)
             raise UserError(

@@ -3,7 +3,7 @@
 A shard appears in the folder under the name of its URL and its index, complete, durable and checked against the
 checksums of its index, or not at all. Locks are those of the system, so a killed process holds none: what it left
 half written is known by its free lock, and removed. Files that no one has used lately make room for new ones; a reader
-that has one of them open keeps it.
+that has one of them open keeps it. Of the disk, 2 % or 1 GiB (whichever is less) are left free for others.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from dino_dist.data.shards.shard_index import Records
 from dino_dist.data.stores.remote_store import RemoteStore, StoreClosed
-from dino_dist.data.stores.store_errors import changed_error
+from dino_dist.data.stores.store_errors import changed_error, index_it_again, redacted
 from dino_dist.data.stores.store_options import StoreOptions, Tally
 from dino_dist.errors import UserError
 
@@ -35,7 +35,10 @@ _POLL_S = 0.02
 PROTECT_S = 10.0
 """Files used in this time are not removed: they would only be fetched again."""
 _WHOLE, _PART, _LOCK = ".tar", ".part", ".lock"
+_LEFT_FREE_BYTES = 2**30
+_LEFT_FREE_FRACTION = 0.02
 _DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_NOT_OURS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 _NO_PREALLOCATION = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS})
 
 
@@ -55,6 +58,8 @@ class RemoteShard(NamedTuple):
     sha256: str
     """Of its index."""
     records: Callable[[], Records]
+    index_path: Path
+    """Where its index lies here."""
 
 
 class _Entry(NamedTuple):
@@ -102,16 +107,25 @@ class ShardCache:
                     self.tally.add(cache_fills=1)
                 return fd
         except OSError as error:
-            raise CacheUnavailableError(f"{self.folder}: {error.strerror or error}") from error
+            raise self._unusable(error) from error
 
     def keep(self, shard: RemoteShard) -> bool:
-        """Whether the shard is here; then it counts as used now, and others make room first."""
+        """Whether the shard is here; then it counts as used now, and others make room first.
+
+        `CacheUnavailableError` if the folder cannot be used.
+        """
+        path = self.path_of(shard)
         try:
-            os.utime(self.path_of(shard))
+            try:
+                os.utime(path)
+            except OSError as error:
+                if error.errno not in _NOT_OURS:
+                    raise
+                path.stat()  # another user's, or nobody can write here: it is of use all the same
         except FileNotFoundError:
             return False
-        except PermissionError:  # another user's
-            return True
+        except OSError as error:
+            raise self._unusable(error) from error
         return True
 
     def discard(self, shard: RemoteShard) -> None:
@@ -124,16 +138,26 @@ class ShardCache:
         digest = hashlib.sha256(f"{shard.bytes} {shard.sha256} {shard.url}".encode()).hexdigest()[:32]
         return self.folder / f"{digest}{_WHOLE}"
 
+    def _unusable(self, error: OSError) -> CacheUnavailableError:
+        return CacheUnavailableError(f"{self.folder}: {error.strerror or error}")
+
     def _opened(self, path: Path, shard: RemoteShard) -> int | None:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
-        if os.fstat(fd).st_size != shard.bytes:
+        try:
+            is_whole = os.fstat(fd).st_size == shard.bytes
+            if is_whole:
+                mark_used(fd)
+            else:
+                path.unlink(missing_ok=True)
+        except BaseException:
             os.close(fd)
-            path.unlink(missing_ok=True)
+            raise
+        if not is_whole:
+            os.close(fd)
             return None
-        mark_used(fd)
         self.tally.add(cache_hits=1)
         return fd
 
@@ -146,14 +170,19 @@ class ShardCache:
         try:
             self._download(shard, fd)
             os.fsync(fd)
-            with self._locked(self._room, True):  # else who counts the files might count neither name
-                os.replace(part, path)
-            fcntl.flock(fd, fcntl.LOCK_UN)
+            readable = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                with self._locked(self._room, True):  # else who counts the files might count neither name
+                    os.replace(part, path)
+            except BaseException:
+                os.close(readable)
+                raise
         except BaseException:
-            os.close(fd)
             part.unlink(missing_ok=True)
             raise
-        return fd
+        finally:
+            os.close(fd)  # which gives the lock back
+        return readable
 
     def _download(self, shard: RemoteShard, fd: int) -> None:
         records = shard.records()
@@ -166,9 +195,8 @@ class ShardCache:
             self.tally.add(retries=len(wrong))
             todo = sorted(wrong)
         raise UserError(
-            f"{shard.url}: the bytes at {todo[0]} and {len(todo) - 1} other places are not those that were indexed "
-            f"(checksums, {self.options.max_attempts} times): it changed since; index it again and start with a new "
-            f"run folder"
+            f"{redacted(shard.url)}: the bytes at {todo[0]} and {len(todo) - 1} other places are not those that were "
+            f"indexed (checksums, tried {self.options.max_attempts} times); {index_it_again(shard.index_path)}"
         )
 
     def _download_blocks(self, shard: RemoteShard, fd: int, starts: list[int]) -> None:
@@ -196,13 +224,13 @@ class ShardCache:
         if failures:
             raise failures[0]
         if len(done) != len(starts):
-            raise RuntimeError(f"a thread that fetched {shard.url} died; its own traceback says why")
+            raise RuntimeError(f"a thread that fetched {redacted(shard.url)} died; its own traceback says why")
 
     def _reserved(self, path: Path, size: int) -> tuple[Path, int]:
         """An empty file of this size, locked by this process, for which room was made."""
         part = path.with_name(f"{path.stem}-{uuid.uuid4().hex}{_PART}")
         with self._locked(self._room, True):
-            used = self._make_room(size, self.options.cache_bytes)
+            used = self._make_room(size)
             fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -221,13 +249,23 @@ class ShardCache:
                 raise
         return part, fd
 
-    def _make_room(self, size: int, limit: int) -> int:
-        """Remove the files used longest ago until `size` more bytes fit; the bytes that are left."""
-        if size > self.options.cache_bytes:
-            raise CacheUnavailableError(f"{self.folder}: cache_bytes={limit} is less than one shard of {size} bytes")
+    def _make_room(self, size: int, disk_bytes: int | None = None) -> int:
+        """Remove the files used longest ago until `size` more bytes fit; the bytes that are left.
+
+        `disk_bytes`: what the disk turned out to hold of the cache; None reckons with what it says is free.
+        """
+        allowed = self.options.cache_bytes
+        if size > allowed:
+            raise CacheUnavailableError(
+                f"{self.folder}: data.cache_gib={allowed / 2**30:g} ({allowed} bytes) is less than one shard of {size} "
+                f"bytes"
+            )
         whole = sorted(self._entries(_WHOLE), key=lambda entry: entry.used_s)
         used = sum(entry.bytes for entry in whole)
         used += sum(entry.bytes for entry in self._entries(_PART) if not _removed_if_abandoned(entry.path))
+        if disk_bytes is None:
+            disk_bytes = used + self._spare_bytes()
+        limit = min(allowed, disk_bytes)
         now_s = time.time()  # that of the files, which several processes share
         for entry in whole:
             if used + size <= limit or abs(now_s - entry.used_s) < self.protect_s:
@@ -236,11 +274,22 @@ class ShardCache:
             self.tally.add(cache_evictions=1)
             used -= entry.bytes
         if used + size > limit:
+            full, helps = (
+                (f"data.cache_gib={allowed / 2**30:g}", "a larger data.cache_gib")
+                if limit == allowed
+                else ("what its disk can spare", "a larger or emptier disk")
+            )
             raise CacheUnavailableError(
-                f"{self.folder} is full of shards in use: {used} of {limit} bytes, {size} more are needed; a larger "
-                f"cache_bytes or disk helps"
+                f"{self.folder} is full of shards in use: {used} of {max(limit, 0)} bytes ({full}), {size} more are "
+                f"needed; {helps} helps"
             )
         return used
+
+    def _spare_bytes(self) -> int:
+        """What may still be written to this disk; negative if others have filled it already."""
+        disk = os.statvfs(self.folder)
+        left_free = min(_LEFT_FREE_BYTES, int(_LEFT_FREE_FRACTION * disk.f_blocks * disk.f_frsize))
+        return disk.f_bavail * disk.f_frsize - left_free
 
     def _entries(self, suffix: str) -> Iterator[_Entry]:
         with os.scandir(self.folder) as entries:
@@ -253,12 +302,13 @@ class ShardCache:
     @contextmanager
     def _locked(self, path: Path, wait: bool) -> Iterator[None]:
         """Hold a lock file; `BusyError` if another holds it as long as all attempts of one request may take."""
+        work = "counts or removes shards" if path == self._room else "fetches this shard"
         deadline_s = time.monotonic() + (self.options.max_attempts * self.options.timeout_s if wait else 0.0)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fd = _lock_file(path)
         try:
             while not _flocked(fd):
                 if time.monotonic() >= deadline_s:
-                    raise BusyError(f"{path} is locked: another process is fetching this shard")
+                    raise BusyError(f"{path} is locked: another process {work}")
                 time.sleep(_POLL_S)
             yield
         finally:
@@ -266,9 +316,26 @@ class ShardCache:
 
 
 def mark_used(fd: int) -> None:
-    """Say that a file of the cache is in use; another user's file may not take it."""
-    with suppress(PermissionError):
+    """Say that a file of the cache is in use; where it cannot take it (another user's, say), others do not know."""
+    with suppress(OSError):
         os.utime(fd)
+
+
+def _lock_file(path: Path) -> int:
+    """A descriptor to lock: that of another user's file too, which may be there to be read only."""
+    try:
+        return _lockable(path)
+    except FileNotFoundError:
+        # Not at once: in a folder for all, systems refuse to "create" another user's file.
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+
+
+def _lockable(path: Path) -> int:
+    flags = os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(path, os.O_RDWR | flags)  # network file systems lock no other
+    except PermissionError:
+        return os.open(path, os.O_RDONLY | flags)
 
 
 def _flocked(fd: int) -> bool:
@@ -282,7 +349,7 @@ def _flocked(fd: int) -> bool:
 def _removed_if_abandoned(part: Path) -> bool:
     """Whether nobody writes to this file any more; then it is removed."""
     try:
-        fd = os.open(part, os.O_RDWR | os.O_CLOEXEC)
+        fd = _lockable(part)
     except FileNotFoundError:
         return True
     except PermissionError:
@@ -292,6 +359,8 @@ def _removed_if_abandoned(part: Path) -> bool:
             return False
         part.unlink(missing_ok=True)
         return True
+    except PermissionError:  # another user's, in a folder where each removes their own
+        return False
     finally:
         os.close(fd)
 

@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dino_dist.data.reading.decode import BadSample, DecodeRules, OpenedImage, Pixels, open_image
-from dino_dist.data.reading.shard_bytes import ShardBytes, StoreCounts
+from dino_dist.data.reading.shard_bytes import ShardBytes
 from dino_dist.data.shards.index import DatasetIndex
 from dino_dist.data.shards.tar_members import printable
+from dino_dist.data.stores.store_errors import redacted
+from dino_dist.data.stores.store_options import StoreCounts
 from dino_dist.errors import UserError
 
 
@@ -29,6 +31,10 @@ class ByteSource(Protocol):
 
     def will_need(self, shards: Sequence[int]) -> None:
         """A hint that these shards are read next, in this order."""
+        ...
+
+    def counts(self) -> StoreCounts:
+        """What this process has asked of stores so far; zeros without any."""
         ...
 
     def close(self) -> None:
@@ -114,8 +120,9 @@ class SampleReader:
             if isinstance(opened, OpenedSample):
                 return opened
             bad = (*bad, opened)
+        where = redacted(self.dataset.shards[shard].location)
         raise UserError(
-            f"{self.dataset.shards[shard].location}: {len(bad)} bad samples in a row from key {bad[0].key!r} on "
+            f"{where}: {len(bad)} bad samples in a row from key {bad[0].key!r} on "
             f"(first: {bad[0].reason}); replace the shard (`dino-dist shards check` lists all)"
         )
 
@@ -167,7 +174,7 @@ class SampleReader:
 
     def store_counts(self) -> StoreCounts:
         """What this process has asked of stores so far; zeros where all shards are local."""
-        return self._source.counts() if isinstance(self._source, ShardBytes) else StoreCounts()
+        return self._source.counts()
 
     def will_need(self, shards: Sequence[int]) -> None:
         """A hint that samples of these shards are read next, soonest first."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,8 +20,12 @@ from dino_dist.data.shards.shard_index import (
 )
 from dino_dist.data.shards.shard_list import MANIFEST_NAME
 from dino_dist.data.shards.shard_manifest import ManifestRow, add_to_manifest, read_manifest
+from dino_dist.data.stores.store_errors import redacted
 from dino_dist.errors import UserError
 
+_SAVE_EVERY_S = 30.0
+_SAVE_SHARE = 0.05
+"""Of the time, at most, goes into writing the manifest again: it may have a million rows."""
 _UNWRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
@@ -39,11 +44,14 @@ class IndexJob(NamedTuple):
     """Called after each shard; may raise, and what was indexed until then is kept."""
     skip: Callable[[str, UserError], None] | None = None
     """Told of a shard that cannot be indexed, which is then left out; None: its error ends the work."""
+    save_every_s: float = _SAVE_EVERY_S
+    """How often what was indexed is added to the manifest, so that a killed process has not worked in vain."""
 
 
 def home_elsewhere(folder: str, fallback_dir: Path) -> Path:
     """Where the index files of a folder (or URL) go that cannot hold them itself."""
-    name = folder.rstrip("/").rpartition("/")[2]
+    folder = redacted(folder)
+    name = folder.rstrip("/").rpartition("/")[2].removeprefix("***@")
     return fallback_dir.absolute() / f"{name}-{hashlib.sha256(folder.encode()).hexdigest()[:12]}"
 
 
@@ -77,7 +85,7 @@ def make_indexes(
     index: Callable[[str], ShardIndex],
     is_there: Callable[[str], bool],
 ) -> dict[str, Indexed]:
-    """Index shards (location -> name) into the folder `home` and add their rows to its manifest.
+    """Index shards (location -> name) into the folder `home` and add their rows to its manifest, from time to time.
 
     `OSError` if `home` cannot be written to, found out before the long work.
     """
@@ -100,20 +108,34 @@ def make_indexes(
         return Indexed(row, index_path)
 
     made: dict[str, Indexed] = {}
+    unsaved: list[ManifestRow] = []
+
+    def save() -> float:
+        """Add rows to the manifest; when to do so again."""
+        began_s = time.monotonic()
+        if unsaved:
+            add_to_manifest(home / MANIFEST_NAME, unsaved, is_there=is_there)
+            unsaved.clear()
+        now_s = time.monotonic()
+        return now_s + max(job.save_every_s, (now_s - began_s) / _SAVE_SHARE if job.save_every_s else 0.0)
+
+    save_at_s = save()
     threads = ThreadPoolExecutor(max(1, job.num_threads))  # reading mostly waits for the file system
     try:
         for location, outcome in zip(names, threads.map(make, names), strict=True):
             if isinstance(outcome, Indexed):
                 made[location] = outcome
+                unsaved.append(outcome.row)
             elif job.skip is None:
                 raise outcome
             else:
                 job.skip(location, outcome)
+            if time.monotonic() >= save_at_s:
+                save_at_s = save()
             job.poll()
     finally:
         threads.shutdown(cancel_futures=True)
-        if made:  # an interrupted indexing goes on from here
-            add_to_manifest(home / MANIFEST_NAME, [each.row for each in made.values()], is_there=is_there)
+        save()  # an interrupted indexing goes on from here
     return made
 
 

@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dino_dist.data.recent import Recent
+from dino_dist.data.shards.descriptors import share_of_descriptors
 from dino_dist.data.shards.folder_index import Indexed, IndexJob, index_folder
 from dino_dist.data.shards.remote_index import index_remote
-from dino_dist.data.shards.shard_index import Records, read_records
+from dino_dist.data.shards.shard_index import FileIdentity, Records, check_records, map_records
 from dino_dist.data.shards.shard_list import is_manifest, is_url, list_shards
 from dino_dist.data.shards.shard_manifest import ManifestRow, dataset_hash, read_manifest
 from dino_dist.data.stores.remote_store import RemoteStore
@@ -28,7 +29,7 @@ from dino_dist.errors import UserError
 
 Ids = NDArray[np.int64]
 
-_MAPPED_INDEXES = 64
+_MAPPED_INDEXES = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +61,12 @@ class DatasetIndex:
     """int64 [S + 1]: shard s holds the ids first_ids[s] .. first_ids[s + 1] - 1."""
     hash: str
     """Digest of the shards' names, sizes and indexes: equal if and only if ids mean the same samples."""
-    _mapped: Recent[int, Records] = field(default_factory=lambda: Recent(_MAPPED_INDEXES), repr=False)
-    _lock: Lock = field(default_factory=Lock, repr=False)
+    _mapped: Recent[int, Records] = field(
+        default_factory=lambda: Recent(share_of_descriptors(_MAPPED_INDEXES)), init=False, repr=False
+    )
+    _checked: dict[int, FileIdentity] = field(default_factory=dict, init=False, repr=False)
+    """The files whose contents were found right: mapping one again is no reason to read all of it again."""
+    _lock: Lock = field(default_factory=Lock, init=False, repr=False)
 
     @property
     def num_samples(self) -> int:
@@ -90,18 +95,22 @@ class DatasetIndex:
 
         def load() -> Records:
             entry = self.shards[shard]
-            records = read_records(entry.index_path, sha256=entry.row.sha256)
+            records, identity = map_records(entry.index_path)
+            if self._checked.get(shard) == identity:
+                return records
+            check_records(records, entry.index_path, sha256=entry.row.sha256)
             inside = int(records["offset"].max(initial=0)) < entry.row.bytes  # else the sum below could wrap
             ends = records["offset"] + records["size"]
             if len(records) != entry.row.samples or not inside or int(ends.max()) > entry.row.bytes:
                 raise UserError(f"{entry.index_path} points outside its shard; delete it and its manifest.json")
+            self._checked[shard] = identity
             return records
 
         with self._lock:
             return self._mapped.get(shard, load)
 
     def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+        return {**{name: value for name, value in self.__dict__.items() if name != "_lock"}, "_checked": {}}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state, _lock=Lock())

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from dino_dist.data.shards.folder_index import Indexed, IndexJob, home_elsewhere, make_indexes
-from dino_dist.data.shards.shard_index import INDEX_SUFFIX, ShardIndex, index_archive, parse_records, write_atomically
+from dino_dist.data.shards.shard_index import (
+    INDEX_SUFFIX,
+    ShardIndex,
+    index_archive,
+    parse_records,
+    records_sha256,
+    write_atomically,
+)
 from dino_dist.data.shards.shard_list import MANIFEST_NAME, expand_braces, is_manifest
 from dino_dist.data.shards.shard_manifest import (
     MAX_MANIFEST_BYTES,
@@ -24,6 +31,7 @@ from dino_dist.data.shards.shard_manifest import (
     read_manifest,
 )
 from dino_dist.data.stores.remote_store import RemoteStore
+from dino_dist.data.stores.store_errors import redacted
 from dino_dist.errors import UserError
 
 T = TypeVar("T")
@@ -73,14 +81,14 @@ def index_remote(spec: str, *, fallback_dir: Path, store: RemoteStore, job: Inde
             located |= _index_folder(folder, {url: sizes[url] for url in group}, fallback_dir, store, job)
     except OSError as error:
         raise UserError(
-            f"{fallback_dir} cannot hold the index of {spec} ({error.strerror}); make it writable"
+            f"{fallback_dir} cannot hold the index of {redacted(spec)} ({error.strerror}); make it writable"
         ) from error
     return dict(sorted(located.items()))
 
 
 def index_again(url: str, *, size_bytes: int, store: RemoteStore) -> ShardIndex:
     """Read one shard through and index it."""
-    return index_archive(RemoteArchive(store, url, size_bytes), url)
+    return index_archive(RemoteArchive(store, url, size_bytes), redacted(url))
 
 
 def _closing(store: RemoteStore, poll: Callable[[], None]) -> Callable[[], None]:
@@ -99,7 +107,8 @@ def _closing(store: RemoteStore, poll: Callable[[], None]) -> Callable[[], None]
 def _list_shards(spec: str, store: RemoteStore) -> list[str]:
     if set("?#*[]") & set(spec) or "\0" in spec:
         raise UserError(
-            f"data {spec!r}: a URL takes braces as {{000..099}}, and names a folder or manifest.json; no * ? # []"
+            f"data {redacted(spec)!r}: a URL takes braces as {{000..099}}, and names a folder or manifest.json; no "
+            f"* ? # []"
         )
     urls: list[str] = []
     for url in expand_braces(spec):
@@ -112,14 +121,14 @@ def _list_shards(spec: str, store: RemoteStore) -> list[str]:
     urls.sort()
     for one, other in pairwise(urls):
         if one == other:
-            raise UserError(f"data {spec!r} names {one} twice; name each shard once")
+            raise UserError(f"data {redacted(spec)!r} names {redacted(one)} twice; name each shard once")
     return urls
 
 
 def _in_manifest(url: str, store: RemoteStore) -> list[str]:
     rows = _manifest_at(url, store)
     if not rows:
-        raise UserError(f"{url} is not there or names no shards; index the shards first, or name them")
+        raise UserError(f"{redacted(url)} is not there or names no shards; index the shards first, or name them")
     return [_folder(url) + name for name in rows]
 
 
@@ -129,11 +138,13 @@ def _in_folder(url: str, store: RemoteStore) -> list[str]:
         # A web server cannot be listed.
         rows = _manifest_at(folder + MANIFEST_NAME, store)
         if not rows:
-            raise UserError(f"{folder} has no {MANIFEST_NAME} and cannot be listed; name the shards: {{000..099}}.tar")
+            raise UserError(
+                f"{redacted(folder)} has no {MANIFEST_NAME} and cannot be listed; name the shards: {{000..099}}.tar"
+            )
         return [folder + name for name in rows]
     shards = [each for each in store.list_folder(folder) if each.endswith(".tar")]
     if not shards:
-        raise UserError(f"{folder} holds no .tar shards; check the bucket and the path")
+        raise UserError(f"{redacted(folder)} holds no .tar shards; check the bucket and the path")
     return shards
 
 
@@ -151,8 +162,8 @@ def _index_folder(
         row, own = theirs.get(name), ours.get(name)
         if row is not None and row.bytes != size:
             raise UserError(
-                f"{url} has {size} bytes but {row.bytes} by its {MANIFEST_NAME}: it changed since it was indexed; "
-                f"index it again where it lies"
+                f"{redacted(url)} has {size} bytes but {row.bytes} by its {MANIFEST_NAME}: it changed since it was "
+                f"indexed; index it again where it lies"
             )
         index_path = home / (name + INDEX_SUFFIX)
         if own is not None and own.bytes == size and index_path.is_file() and (row is None or row.sha256 == own.sha256):
@@ -162,15 +173,28 @@ def _index_folder(
     located |= _fetch_indexes(to_fetch, home, store, job)
     missing = {url: url.removeprefix(folder) for url in sizes if url not in located}
     if missing:
-        _log.warning("%s has no index of %d shards: reading them through, into %s", folder, len(missing), home)
+        _log.warning(
+            "%s has no index of %d shards: reading them through, into %s", redacted(folder), len(missing), home
+        )
         located |= make_indexes(
             missing,
             home,
             job,
-            index=lambda url: index_again(url, size_bytes=sizes[url], store=store),
+            index=lambda url: _index_as_known(url, size_bytes=sizes[url], known=theirs.get(missing[url]), store=store),
             is_there=lambda _name: True,
         )
     return located
+
+
+def _index_as_known(url: str, *, size_bytes: int, known: ManifestRow | None, store: RemoteStore) -> ShardIndex:
+    """Index one shard; `UserError` if its manifest knows another one of the same size."""
+    made = index_again(url, size_bytes=size_bytes, store=store)
+    if known is not None and records_sha256(made.records) != known.sha256:
+        raise UserError(
+            f"{redacted(url)} is not the shard that its {MANIFEST_NAME} names (another index at the same size): "
+            f"restore it, or index it again where it lies"
+        )
+    return made
 
 
 def _fetch_indexes(
@@ -184,7 +208,7 @@ def _fetch_indexes(
         if content is None:
             return None
         if parse_records(content, sha256=row.sha256) is None:
-            raise UserError(f"{url}{INDEX_SUFFIX} does not match its {MANIFEST_NAME}; index the shards again")
+            raise UserError(f"{redacted(url)}{INDEX_SUFFIX} does not match its {MANIFEST_NAME}; index the shards again")
         index_path = home / (row.name + INDEX_SUFFIX)
         write_atomically(index_path, content)
         return Indexed(row, index_path)
@@ -199,13 +223,13 @@ def _fetch_indexes(
 
 def _manifest_at(url: str, store: RemoteStore) -> dict[str, ManifestRow]:
     content = store.read_file(url, max_bytes=MAX_MANIFEST_BYTES)
-    return {} if content is None else parse_manifest(content, url)
+    return {} if content is None else parse_manifest(content, redacted(url))
 
 
 def _size(store: RemoteStore, url: str) -> int:
     size = store.size_bytes(url)
     if size is None:
-        raise UserError(f"{url}: HTTP 404 or no such key: there is no such shard; check the URL")
+        raise UserError(f"{redacted(url)}: HTTP 404 or no such key: there is no such shard; check the URL")
     return size
 
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tokenize import TokenError
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,17 @@ NO_LABEL = -1
 UNREADABLE_LABEL = -2
 """The sample has one, but it is no integer from 0 to 2^31-1 (a class name, say): good for training without labels."""
 # What NumPy raises for a damaged header, which it parses as a Python literal.
-_UNREADABLE_NPY = (OSError, ValueError, EOFError, LookupError, TypeError, SyntaxError, TokenError, RecursionError)
+_UNREADABLE_NPY = (
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    SyntaxError,
+    TokenError,
+    RecursionError,
+    OverflowError,
+    MemoryError,
+)
 _MAX_KEY_BYTES = 512
 _MAX_CLS_BYTES = 64
 _MAX_JSON_BYTES = 2**20
@@ -55,6 +65,23 @@ class ShardIndex:
     """Size of the tar when it was indexed."""
     mtime_ns: int
     """Its modification time then; 0 where the store tells none."""
+
+
+class FileIdentity(NamedTuple):
+    """Tells a file from any other and from itself once it was written to."""
+
+    device: int
+    inode: int
+    bytes: int
+    mtime_ns: int
+
+
+class _Layout(NamedTuple):
+    """Where the rows of an index file lie in it."""
+
+    dtype: np.dtype[np.void]
+    rows: int
+    start_byte: int
 
 
 @dataclass(slots=True)
@@ -114,30 +141,56 @@ def write_records(path: Path, records: Records) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def read_records(path: Path, *, sha256: str) -> Records:
-    """Map an index file, after checking it against the digest its manifest gives; `UserError` if it differs."""
+def map_records(path: Path) -> tuple[Records, FileIdentity]:
+    """Map an index file, unchecked but for its layout; `UserError` if it is none or cannot be read."""
     try:
-        records: Records = np.load(path, mmap_mode="r", allow_pickle=False)
+        with open(path, "rb") as file:
+            stat = os.fstat(file.fileno())
+            layout = _read_layout(file, stat.st_size)
+            records: Records = np.memmap(
+                file, dtype=layout.dtype, mode="r", offset=layout.start_byte, shape=(layout.rows,)
+            )
+    except OSError as error:
+        raise UserError(
+            f"{path}: {error.strerror or error}; indexes are read all through a run (see to the file, its permissions "
+            f"and `ulimit -n`)"
+        ) from error
     except _UNREADABLE_NPY as error:
         raise UserError(f"{path} is no shard index ({_one_line(error)}); delete it and it is made again") from error
-    if not _is_index(records) or records_sha256(records) != sha256:
+    return records, FileIdentity(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+def check_records(records: Records, path: Path, *, sha256: str) -> None:
+    """`UserError` if these records, read from `path`, are not those with the digest that the manifest gives."""
+    if records_sha256(records) != sha256:
         raise UserError(f"{path} does not match its manifest.json; delete both and they are made again")
-    return records
 
 
 def parse_records(content: bytes, *, sha256: str) -> Records | None:
     """The index in the bytes of an index file; None if they are not those of the index with this digest."""
     try:
-        records: Records = np.load(io.BytesIO(content), allow_pickle=False)
+        layout = _read_layout(io.BytesIO(content), len(content))
+        records: Records = np.frombuffer(content, dtype=layout.dtype, count=layout.rows, offset=layout.start_byte)
     except _UNREADABLE_NPY:
         return None
-    return records if _is_index(records) and records_sha256(records) == sha256 else None
+    return records if records_sha256(records) == sha256 else None
 
 
-def _is_index(records: Records) -> bool:
-    if records.ndim != 1 or records.dtype.names is None or "key" not in records.dtype.names:
-        return False
-    return records.dtype == record_dtype(records.dtype["key"].itemsize)
+def _read_layout(file: IO[bytes], size_bytes: int) -> _Layout:
+    """What the header of an index file says, held against the file's size before anything of that size is asked for.
+
+    One of `_UNREADABLE_NPY` if it is anything else, an archive or a pickle among them.
+    """
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("not a NumPy array of format 1.0")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    names = dtype.names or ()
+    if len(shape) != 1 or "key" not in names or dtype != record_dtype(dtype["key"].itemsize):
+        raise ValueError("not the rows of an index")
+    layout = _Layout(dtype, shape[0], file.tell())
+    if layout.rows < 1 or layout.start_byte + layout.rows * dtype.itemsize != size_bytes:
+        raise ValueError(f"{size_bytes} bytes do not hold the {layout.rows} rows that its header names")
+    return layout
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
+from dino_dist.data.stores.store_errors import redacted
 from dino_dist.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
@@ -25,9 +26,11 @@ def list_shards(spec: str) -> list[Path]:
     `UserError` if it names none, one that does not exist or one twice, or anything that cannot be read by offset.
     """
     if spec.startswith("pipe:"):
-        raise UserError(f"data {spec!r}: the output of a command has no offsets to index; give shards on a file system")
+        raise UserError(
+            f"data {redacted(spec)!r}: the output of a command has no offsets to index; give shards on a file system"
+        )
     if is_url(spec):
-        raise UserError(f"data {spec!r}: a URL; give shards on a file system here")
+        raise UserError(f"data {redacted(spec)!r}: a URL; give shards on a file system here")
     if not spec or "\0" in spec or len(spec) > _MAX_PATTERN_CHARS:
         raise UserError(
             f"data {spec[:40]!r}: give a folder of .tar shards, a brace or glob pattern, or a manifest.json"
@@ -39,7 +42,7 @@ def list_shards(spec: str) -> list[Path]:
     paths = sorted(path.absolute() for path in paths)
     for one, other in pairwise(paths):
         if one == other:
-            raise UserError(f"data {spec!r} names {one} twice; name each shard once")
+            raise UserError(f"data {redacted(spec)!r} names {one} twice; name each shard once")
     return paths
 
 
@@ -73,27 +76,29 @@ def _matching(spec: str) -> list[Path]:
         elif glob.has_magic(pattern):
             found = glob.glob(pattern)
             if not found:
-                raise UserError(f"data {spec!r}: nothing matches {pattern!r}; check the path")
+                raise UserError(f"data {redacted(spec)!r}: nothing matches {pattern!r}; check the path")
         else:
-            raise UserError(f"data {spec!r}: {pattern} does not exist; check the path")
+            raise UserError(f"data {redacted(spec)!r}: {pattern} does not exist; check the path")
         paths += [Path(path) for path in found if path.endswith(".tar") and Path(path).is_file()]
         if len(paths) > _MAX_SHARDS:
-            raise UserError(f"data {spec!r} names more than {_MAX_SHARDS} shards; use fewer, larger ones")
+            raise UserError(f"data {redacted(spec)!r} names more than {_MAX_SHARDS} shards; use fewer, larger ones")
     if not paths:
-        raise UserError(f"data {spec!r} names no .tar shard; give a folder, a pattern that ends in .tar, or a manifest")
+        raise UserError(
+            f"data {redacted(spec)!r} names no .tar shard; give a folder, a pattern that ends in .tar, or a manifest"
+        )
     return paths
 
 
 def expand_braces(spec: str) -> Iterator[str]:
     """Brace expansion, bounded: a pattern such as {0..999999999} would fill the memory."""
     if spec.count("{") > _MAX_BRACES or re.search(r"\d{19}", spec) or _most_expansions(spec) > _MAX_SHARDS:
-        raise UserError(f"data {spec!r} names more than {_MAX_SHARDS} shards; use fewer, larger ones")
+        raise UserError(f"data {redacted(spec)!r} names more than {_MAX_SHARDS} shards; use fewer, larger ones")
     if "{" not in spec:
         return iter([spec])
     try:
         return islice(braceexpand(spec, escape=False), _MAX_SHARDS + 1)
     except ValueError as error:  # unbalanced braces
-        raise UserError(f"data {spec!r}: unreadable braces; write {{000..099}} or {{a,b}}") from error
+        raise UserError(f"data {redacted(spec)!r}: unreadable braces; write {{000..099}} or {{a,b}}") from error
 
 
 def _most_expansions(spec: str) -> float:

@@ -45,7 +45,7 @@ def read_manifest(path: Path) -> dict[str, ManifestRow]:
             raise UserError(f"{path} is no shard manifest (too large); delete it and it is made again")
         return parse_manifest(path.read_bytes(), str(path))
     except OSError as error:
-        raise UserError(f"{path} is no shard manifest ({error.strerror}); delete it and it is made again") from error
+        raise UserError(f"{path}: {error.strerror}; check the path, its file system and its permissions") from error
 
 
 def parse_manifest(content: bytes, place: str) -> dict[str, ManifestRow]:

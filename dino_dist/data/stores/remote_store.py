@@ -12,7 +12,15 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from dino_dist.data.stores.store_errors import StatusError, TryAgain, describe, final_reason, user_error
+from dino_dist.data.stores.store_errors import (
+    StatusError,
+    TryAgain,
+    WrongBytesError,
+    describe,
+    final_reason,
+    redacted,
+    user_error,
+)
 from dino_dist.data.stores.store_options import StoreOptions, Tally
 from dino_dist.errors import UserError
 
@@ -49,8 +57,12 @@ class RemoteStore:
         self._closed = threading.Event()
         self._random = random.Random()
 
-    def read(self, url: str, offset: int, size: int, is_right: Callable[[bytes], bool] | None = None) -> bytes:
+    def read(
+        self, url: str, offset: int, size: int, is_right: Callable[[bytes], bool] | None = None, *, if_wrong: str = ""
+    ) -> bytes:
         """Exactly `size` bytes at `offset`, in one request; asked for again while `is_right` denies them.
+
+        `if_wrong` is what to do if it denies them to the end.
 
         `UserError` if the store refuses, or has failed as often as allowed.
         """
@@ -63,10 +75,10 @@ class RemoteStore:
             if len(data) != size:
                 raise TryAgain(f"{len(data)} of {size} bytes came")
             if is_right is not None and not is_right(data):
-                raise TryAgain("wrong bytes (checksum); the object may have changed since it was indexed")
+                raise WrongBytesError("wrong bytes (checksum); the object may have changed since it was indexed")
             return data
 
-        return self._persist(url, request)
+        return self._persist(url, request, if_wrong)
 
     def read_file(self, url: str, *, max_bytes: int) -> bytes | None:
         """A whole small object; None if there is none. `UserError` as for `read`, or if it is larger.
@@ -77,7 +89,7 @@ class RemoteStore:
         if size is None:
             return None
         if size > max_bytes:
-            raise UserError(f"{url} has {size} bytes; at most {max_bytes} are read")
+            raise UserError(f"{redacted(url)} has {size} bytes; at most {max_bytes} are read")
         return self.read(url, 0, size)
 
     def size_bytes(self, url: str, *, refused_is_absent: bool = False) -> int | None:
@@ -101,7 +113,7 @@ class RemoteStore:
         protocol = _protocol(url)
         if protocol in _HTTP:
             raise UserError(
-                f"{url}: a web server cannot be listed; give {{000..099}}.tar or the URL of a manifest.json"
+                f"{redacted(url)}: a web server cannot be listed; give {{000..099}}.tar or the URL of a manifest.json"
             )
         system = self._system(protocol)
 
@@ -117,12 +129,12 @@ class RemoteStore:
         with self._lock:
             self._systems.clear()  # their sessions end with them
 
-    def _persist(self, url: str, request: Callable[[], T]) -> T:
+    def _persist(self, url: str, request: Callable[[], T], if_wrong: str = "") -> T:
         """The answer to a request that is made up to `max_attempts` times."""
         pause_s = _FIRST_PAUSE_S
         for attempt in range(1, self._options.max_attempts + 1):
             if self._closed.is_set():
-                raise StoreClosed(url)
+                raise StoreClosed(redacted(url))
             try:
                 return request()
             except Exception as error:
@@ -130,8 +142,10 @@ class RemoteStore:
                 if reason is not None:
                     raise user_error(url, error, reason) from error
                 if attempt == self._options.max_attempts:
-                    what_to_do = f"tried {attempt} times; see to the store or the network, then start again"
-                    raise user_error(url, error, what_to_do) from error
+                    advice = "see to the store or the network, then start again"
+                    if isinstance(error, WrongBytesError) and if_wrong:
+                        advice = if_wrong
+                    raise user_error(url, error, f"tried {attempt} times; {advice}") from error
             self._tally.add(retries=1)
             # Jitter, since all ranks of a job meet the same trouble at the same time.
             self._closed.wait(pause_s * self._random.uniform(0.5, 1.0))
@@ -152,7 +166,10 @@ class RemoteStore:
 
         The status is looked at before the body: a server that ignores the range sends all of a large file.
         """
-        options = dict(system.kwargs)
+        from aiohttp import ClientTimeout
+
+        # Its own time-out would be five minutes, and one that only the caller keeps would leave the request running.
+        options = {**system.kwargs, "timeout": ClientTimeout(total=self._options.timeout_s)}
         headers = {**options.pop("headers", {}), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
         session = await system.set_session()
         async with session.get(system.encode_url(url), headers=headers, **options) as response:

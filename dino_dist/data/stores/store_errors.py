@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import re
+from pathlib import Path
 
 from dino_dist.errors import UserError
 
@@ -28,10 +30,15 @@ _CREDENTIALS = "check credentials, region and endpoint where fsspec and its clie
 _FLEETING_BOTO_ERRORS = frozenset({"HTTPClientError", "ConnectionError", "IncompleteReadError"})
 _CERTIFICATE_ERRORS = frozenset({"SSLCertVerificationError", "ClientConnectorCertificateError"})
 _UNTRUSTED = "its certificate cannot be verified; check the URL and the certificates of this system"
+_USER_INFO = re.compile(r"(?<=://)[^/?#\s'\"]*@")
 
 
 class TryAgain(Exception):
     """A failure that may pass; the message is the reason."""
+
+
+class WrongBytesError(TryAgain):
+    """Bytes of the right number that are not those that were indexed."""
 
 
 class StatusError(Exception):
@@ -65,21 +72,34 @@ def final_reason(error: Exception) -> str | None:
 
 def user_error(url: str, error: Exception, what_to_do: str) -> UserError:
     """The one line of a failure that is final."""
-    return UserError(f"{url}: {describe(error)}: {what_to_do}")
+    return UserError(redacted(f"{url}: {describe(error)}: {what_to_do}"))
+
+
+def redacted(text: str) -> str:
+    """The text without user names and passwords in its URLs: it may be shown, logged and kept."""
+    return _USER_INFO.sub("***@", text)
+
+
+def index_it_again(index_path: Path) -> str:
+    """What to do about an object that is not the one that was indexed; its index lies at `index_path` here."""
+    return (
+        f"restore the object; or index it again (delete the manifest.json beside it, if there is one, and {index_path} "
+        f"with its manifest.json) and start with a new run folder"
+    )
 
 
 def changed_error(url: str, *, now_bytes: int | None, indexed_bytes: int) -> UserError:
     """The one line of a shard that is not the one that was indexed."""
     now = "is gone (HTTP 404 or no such key)" if now_bytes is None else f"has {now_bytes} bytes"
     return UserError(
-        f"{url} {now} but had {indexed_bytes} bytes when it was indexed; restore it, or index it again and "
+        f"{redacted(url)} {now} but had {indexed_bytes} bytes when it was indexed; restore it, or index it again and "
         f"start with a new run folder"
     )
 
 
 def describe(error: Exception) -> str:
     """What happened, on one line."""
-    text = " ".join(str(error).split())[:200]
+    text = redacted(" ".join(str(error).split()))[:200]
     if isinstance(error, TimeoutError) and not text:
         return "no answer in time"
     if isinstance(error, StatusError | TryAgain):

@@ -15,24 +15,26 @@ class StoreOptions:
     cache_dir: str | None = None
     """Folder on this node for whole shards, shared by its ranks and by other jobs; null reads each sample by itself."""
     cache_bytes: int = 200 * 10**9
-    """How much the cache may hold; the shards used longest ago make room."""
+    """How much the cache may hold; the shards used longest ago make room. It stops earlier where the disk would be left
+    with less than 2 % or 1 GiB free, whichever is less."""
     max_attempts: int = 8
     """Requests that may fail, for one piece of a shard, before the run ends."""
     timeout_s: float = 30.0
     """How long one request may take; a store that stalls is asked again after it."""
     prefetch_shards: int = 16
     """How many shards that are not in use yet are fetched ahead into the cache. A block of the order is read from all
-    its shards at once, so fewer than `shards_per_block` make it wait."""
+    its shards at once, so fewer than `shards_per_block` make it wait. Never more than the cache holds beside what is
+    in use."""
 
     def __post_init__(self) -> None:
         if self.cache_bytes < 1:
-            raise UserError(f"cache_bytes={self.cache_bytes} must be above 0")
+            raise UserError(f"data.cache_gib={self.cache_bytes / 2**30:g} must be above 0")
         if self.max_attempts < 1:
-            raise UserError(f"max_attempts={self.max_attempts} must be at least 1")
+            raise UserError(f"data.store_attempts={self.max_attempts} must be at least 1")
         if not 0 < self.timeout_s <= 3600:
-            raise UserError(f"timeout_s={self.timeout_s:g} must be above 0 and at most 3600")
+            raise UserError(f"data.store_timeout_s={self.timeout_s:g} must be above 0 and at most 3600")
         if self.prefetch_shards < 0:
-            raise UserError(f"prefetch_shards={self.prefetch_shards} must be at least 0")
+            raise UserError(f"data.cache_ahead_shards={self.prefetch_shards} must be at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
