@@ -5,9 +5,11 @@ The one place that follows the loader's and the renderer's interfaces; both are 
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import torch
@@ -16,10 +18,8 @@ from bench_data_process import Stream
 from dino_dist.config import Config
 from dino_dist.data.loading.loader import Batch, make_loader
 from dino_dist.data.order.training_set import open_training_set
-from dino_dist.data.reading.shard_bytes import ShardBytes
-from dino_dist.data.reading.stream import SampleReader
 from dino_dist.errors import UserError
-from dino_dist.inputs import decode_rules, store_options
+from dino_dist.inputs import sample_reader, store_options
 from dino_dist.views import ViewDescription, ViewRenderer, view_recipes
 
 _ENDLESS = 10**9
@@ -48,7 +48,8 @@ def open_decode_only(ours: Ours) -> Stream:
 def open_render(ours: Ours, device_type: str) -> Stream:
     """The same and the views, rendered on a device; `UserError` where there is none of this type.
 
-    As one rank does it, with its `parallel.threads_per_rank` threads of torch: on the CPU, further cores only decode.
+    On the CPU as users train there: with as many ranks as there are workers, each with one thread that decodes and
+    `parallel.threads_per_rank` threads of torch.
     """
     if device_type == "cuda" and not torch.cuda.is_available():
         raise UserError("no CUDA device")
@@ -56,16 +57,55 @@ def open_render(ours: Ours, device_type: str) -> Stream:
     torch.set_num_threads(ours.config.parallel.threads_per_rank)
 
     def stream(num_workers: int) -> Generator[int, None, None]:
-        render = ViewRenderer(ours.config, device, torch.float32)
-        with closing(_loader(ours, num_workers, device)) as steps:
-            for (batch,) in steps:
-                views = render(batch)
-                yield len(views.global_crops) // 2
+        if device_type == "cpu" and num_workers > 1:
+            yield from _render_on_ranks(ours, num_workers)
+        else:
+            yield from _render(ours, device, num_workers)
 
     return stream
 
 
-def _loader(ours: Ours, num_workers: int, device: torch.device) -> Generator[list[Batch], None, None]:
+def _render(
+    ours: Ours, device: torch.device, num_workers: int, rank: int = 0, size: int = 1
+) -> Generator[int, None, None]:
+    render = ViewRenderer(ours.config, device, torch.float32)
+    with closing(_loader(ours, num_workers, device, rank, size)) as steps:
+        for (batch,) in steps:
+            views = render(batch)
+            yield len(views.global_crops) // 2
+
+
+def _render_on_ranks(ours: Ours, size: int) -> Generator[int, None, None]:
+    """The batches of all ranks, once each has made its first."""
+    context = multiprocessing.get_context("spawn")
+    connections, processes = [], []
+    for rank in range(size):
+        receiving, sending = context.Pipe(duplex=False)
+        processes.append(context.Process(target=_serve_rank, args=(sending, ours, rank, size)))
+        processes[-1].start()
+        sending.close()
+        connections.append(receiving)
+    try:
+        yield sum(connection.recv() for connection in connections)
+        while True:
+            for ready in wait(connections):
+                assert isinstance(ready, Connection)
+                yield ready.recv()
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+
+
+def _serve_rank(connection: Connection, ours: Ours, rank: int, size: int) -> None:
+    torch.set_num_threads(ours.config.parallel.threads_per_rank)
+    for num_images in _render(ours, torch.device("cpu"), 1, rank, size):
+        connection.send(num_images)
+
+
+def _loader(
+    ours: Ours, num_workers: int, device: torch.device, rank: int = 0, size: int = 1
+) -> Generator[list[Batch], None, None]:
     config = ours.config
     store = store_options(config.data)
     training = open_training_set(config.data.train, fallback_dir=ours.index_dir, store=store)
@@ -75,13 +115,12 @@ def _loader(ours: Ours, num_workers: int, device: torch.device) -> Generator[lis
         share_jitter=config.augment.share_jitter,
         drop_path_rates=(),
     )
-    source = ShardBytes(dataset=training.dataset, options=store)
     return make_loader(
-        reader=SampleReader(dataset=training.dataset, rules=decode_rules(config.data), source=source),
+        reader=sample_reader(training, config.data),
         order=training.order(seed=config.run.seed, shards_per_block=config.data.shards_per_block),
-        batch_size=config.train.batch_size,
-        rank=0,
-        size=1,
+        batch_size=config.train.batch_size * size,
+        rank=rank,
+        size=size,
         start_step=0,
         stop_step=_ENDLESS,
         num_workers=num_workers,

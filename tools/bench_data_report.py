@@ -26,7 +26,7 @@ NOTES = {
     TORCHVISION: "its v2 transforms on uint8 tensors, crop by crop; the blur has 9 taps, whatever the preset's",
     KORNIA: "on float batches; other pixels: crops not antialiased, one jitter order a batch, a blur of 9 taps",
     DECODE_ONLY: "dino_dist: all that the CPU does for a rank with a GPU: reading, decoding, drawing the crops",
-    RENDER_CPU: "dino_dist: the same and the views in float32; one rank renders on one core, further ones only decode",
+    RENDER_CPU: "dino_dist: the same and the views in float32, by a rank for each core",
     RENDER_CUDA: "dino_dist: the same and the views in float32 on the GPU; operators are about its launches",
 }
 FIGURES = (

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -388,3 +389,19 @@ def test_a_whole_run(tool: Callable[[str], ModuleType], photographs: Path, tmp_p
         assert (row["crops_per_s"] is None) is (name == "decode_only")
     assert [(row["numerator"], row["denominator"]) for row in document["ratios"]] == [("published", "decode_only")]
     bench.show(document)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_cores_are_two_ranks(tool: Callable[[str], ModuleType], photographs: Path, tmp_path: Path) -> None:
+    """Both render, what they give is added up, and closing leaves none of them."""
+    ours = tool("bench_data_ours")
+    config = tool("bench_data").bench_config(str(photographs), "dino_v1", 3, tmp_path, **SMALL)
+    stream = ours.open_render(ours.Ours(config=config, index_dir=tmp_path), "cpu")
+    before = psutil.Process().children()
+    batches = stream(2)
+    assert [next(batches) for _ in range(4)] == [6, 3, 3, 3]
+    assert len(psutil.Process().children()) >= len(before) + 2
+    batches.close()
+    ranks = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+    assert not ranks

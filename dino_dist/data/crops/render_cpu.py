@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ class CpuRenderer:
         targets = list(itertools.chain.from_iterable(group.unbind(0) for group in views))
         rows_of_images = params.float().transpose(0, 1).tolist()  # float32, as on any other device
         # The views are made outside: autograd refuses tensors that were made in inference mode.
-        with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+        with torch.inference_mode(), torch.autocast("cpu", enabled=False), _one_thread():
             for index, (image, rows) in enumerate(zip(images, rows_of_images, strict=True)):
                 self._render(
                     image,
@@ -85,6 +86,19 @@ class CpuRenderer:
         planes = zip(picture.unbind(0), target.unbind(0), self._offsets, self._gains, strict=True)
         for levels, plane, offset, gain in planes:
             torch.add(offset, levels, alpha=gain, out=plane)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Pictures are small: threads that share an operation wait for each other longer than it takes."""
+    before = torch.get_num_threads()
+    if before > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if before > 1:
+            torch.set_num_threads(before)
 
 
 def split_images(pixels: Tensor, sizes: Tensor) -> Iterator[Tensor]:
