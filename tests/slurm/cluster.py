@@ -215,8 +215,14 @@ class Cluster:
         if self._daemons[f"slurmd.{node}"].poll() is not None:
             self._start(f"slurmd.{node}", "-D", "-N", node)
         self.wait_for(lambda: not self.node_states()[node].endswith("*"), f"answer from {node}")
-        if self.node_states()[node] in ("down", "drained", "draining"):
-            self.run("scontrol", "update", f"nodename={node}", "state=resume")
+        self.wait_for(lambda: self._is_back(node), f"return of {node}")
+
+    def _is_back(self, node: str) -> bool:
+        """Asks for it if need be; a node may also return to service by itself, and then Slurm refuses to resume it."""
+        if self.node_states()[node] not in ("down", "drained", "draining"):
+            return True
+        self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
+        return False
 
     def clear(self) -> None:
         """No job, both nodes up and idle, as at the start: between two tests."""
