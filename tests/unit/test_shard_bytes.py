@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import random
@@ -185,3 +186,18 @@ def test_impossible_options_are_named_as_users_know_them(field: str, value: floa
 def test_counts_of_processes_add_up() -> None:
     total = StoreCounts(retries=2, bytes_received=10) + StoreCounts(retries=1, cache_hits=4)
     assert total == StoreCounts(retries=3, bytes_received=10, cache_hits=4)
+
+
+def test_files_of_an_owner_that_was_dropped_are_closed(tmp_path: Path) -> None:
+    for number in range(5):
+        (tmp_path / str(number)).touch()
+    files = OpenFiles(5, lambda key: os.open(tmp_path / str(key), os.O_RDONLY))
+    opened = []
+    for number in range(5):
+        with files.lease(number) as fd:
+            opened.append(fd)
+    del files
+    gc.collect()
+    for fd in opened:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)

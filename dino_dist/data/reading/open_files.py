@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,11 @@ class _Opening:
     error: BaseException | None = None
 
 
+def _close_all(handles: OrderedDict[int, _Handle]) -> None:
+    while handles:
+        os.close(handles.popitem()[1].fd)
+
+
 class OpenFiles:
     """Descriptors of the `capacity` files used last, opened by `open_file(key)` when asked for."""
 
@@ -38,6 +44,8 @@ class OpenFiles:
         self._handles: OrderedDict[int, _Handle] = OrderedDict()
         self._opening: dict[int, _Opening] = {}
         self._lock = threading.Condition()
+        # For owners that are dropped without a word: numbers of descriptors are not closed with what holds them.
+        weakref.finalize(self, _close_all, self._handles).atexit = False
 
     @contextmanager
     def lease(self, key: int) -> Iterator[int]:
