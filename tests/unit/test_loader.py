@@ -278,7 +278,7 @@ def describe_at_length(ids: StreamIds, sizes: NDArray[np.int64]) -> dict[str, Te
 @pytest.mark.distributed
 def test_a_process_killed_within_a_message_is_one_clear_error(shards: Path) -> None:
     with closing(DataProcess(one_job(open_parts(shards), describe=describe_at_length), 2**16)) as beside:
-        beside.wait()  # for its first bytes: the rest is more than a socket takes
+        beside._connection.poll(None)  # for its first bytes: the rest is more than a socket takes
         (process,) = multiprocessing.active_children()
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
@@ -316,7 +316,7 @@ def test_an_error_that_came_ahead_of_time_waits_until_it_is_asked_for(shards: Pa
     parts = open_parts(tmp_path)
     (tmp_path / "2.tar").unlink()
     with closing(DataProcess(one_job(parts), 2**16)) as beside:
-        beside.wait()
+        beside._connection.poll(None)
         assert not beside.has_batch()
         for _ in range(2):
             with pytest.raises(UserError, match=r"2\.tar: No such file"):

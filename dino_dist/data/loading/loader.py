@@ -157,11 +157,6 @@ class DataProcess:
         """Taken from the connection already; all but the first are the end, and stay."""
         self._told_oversized = False
 
-    def wait(self) -> None:
-        """Until `receive` would not wait."""
-        if self._next is None:
-            self._connection.poll(None)
-
     def has_batch(self) -> bool:
         """Whether `receive` would return a micro-batch at once. Where it would raise, that is left to it."""
         if self._next is None and self._connection.poll():

@@ -26,6 +26,7 @@ from dino_dist.data.shards.shard_manifest import ManifestRow, dataset_hash, read
 from dino_dist.data.stores.remote_store import RemoteStore
 from dino_dist.data.stores.store_options import StoreOptions, Tally
 from dino_dist.errors import UserError
+from dino_dist.polling import Poll, nothing_to_poll
 
 Ids = NDArray[np.int64]
 
@@ -122,16 +123,12 @@ class DatasetIndex:
         return np.concatenate([self.records(shard)["label"].astype(np.int64) for shard in range(len(self.shards))])
 
 
-def _nothing_to_poll() -> None:
-    """For callers whom nothing interrupts."""
-
-
 def open_dataset(
     spec: str,
     *,
     fallback_dir: Path,
     num_threads: int = 8,
-    poll: Callable[[], None] = _nothing_to_poll,
+    poll: Poll = nothing_to_poll,
     store: StoreOptions | None = None,
     skip: Callable[[str, UserError], None] | None = None,
 ) -> DatasetIndex:
