@@ -79,8 +79,12 @@ def _receive(pipe: Any, rank: int) -> tuple[bool, Any]:
 @pytest.fixture(scope="session")
 def ranks() -> Callable[..., list[Any]]:
     """`ranks(size, function, *args)`: see `run_ranks`."""
-    torch.set_num_threads(1)
     return run_ranks
+
+
+def pytest_configure() -> None:
+    """One thread here: a forked child waits for ever for the others of a pool that its parent has used."""
+    torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
