@@ -23,12 +23,13 @@ from dino_dist.eval.features import LabelledFeatures, extract, go_on
 from dino_dist.eval.knn import KnnAccuracy, knn_accuracy
 from dino_dist.inputs import labelled_set, sample_reader
 from dino_dist.models.dino import DinoNetwork
+from dino_dist.models.vit import VisionTransformer
 
 Forward = Callable[[Tensor], Tensor]
 Autocast = Callable[[], AbstractContextManager[None]]
 
 
-def cls_forward(network: DinoNetwork, autocast: Autocast = nullcontext) -> Forward:
+def cls_forward(network: DinoNetwork | VisionTransformer, autocast: Autocast = nullcontext) -> Forward:
     """The normed class token of the last block: what the published k-NN compares."""
 
     def forward(images: Tensor) -> Tensor:

@@ -18,18 +18,18 @@ import typer
 from dino_dist.errors import FailedTogether, NoRestartHelps, RunFailed, SaidByRankZero, Superseded, UserError
 from dino_dist.exit_codes import BAD_INPUT, DONE, FAILED, INTERRUPTED, NO_RESTART_HELPS
 from launch.cli_cluster import cluster_app
+from launch.cli_eval import eval_app
+from launch.cli_export import export_app
+from launch.cli_pictures import pictures_app
+from launch.results import AsJson, Overrides, print_result
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 shards_app = typer.Typer(no_args_is_help=True, help="Make, index and check WebDataset tar shards.")
-eval_app = typer.Typer(no_args_is_help=True, help="Judge a checkpoint by its features.")
 app.add_typer(shards_app, name="shards")
 app.add_typer(eval_app, name="eval")
-app.add_typer(cluster_app)  # without a name: its commands stand beside ours
-
-AsJson = Annotated[bool, typer.Option("--json", help="JSON alone on stdout.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, as in train.batch_size=64.")
-]
+# Without a name: their commands stand beside ours.
+for commands in (cluster_app, pictures_app, export_app):
+    app.add_typer(commands)
 
 
 @app.command()
@@ -77,7 +77,7 @@ def quickstart(
     from launch.quickstart import run_quickstart
 
     summary = run_quickstart(directory, nproc=nproc)
-    _print_result(summary, as_json)
+    print_result(summary, as_json)
 
 
 @app.command()
@@ -157,7 +157,7 @@ def shards_build(
         "written_now": report.num_written,
         "hash": report.dataset.hash,
     }
-    _print_result(result, as_json)
+    print_result(result, as_json)
 
 
 @shards_app.command("index")
@@ -171,7 +171,7 @@ def shards_index(
 
     dataset = labelled_set(shards, Config().data, Path.cwd() / "shard-index")
     result = {"shards": len(dataset.shards), "samples": dataset.num_samples, "hash": dataset.hash}
-    _print_result(result, as_json)
+    print_result(result, as_json)
 
 
 @shards_app.command("check")
@@ -195,38 +195,12 @@ def shards_check(
         num_workers=workers,
         store=store_options(data),
     )
-    _print_result(asdict(report) | {"ok": report.ok}, as_json)
+    print_result(asdict(report) | {"ok": report.ok}, as_json)
     if not report.ok:
         raise UserError(
             f"{len(report.bad)} bad images, {len(report.unreadable)} unreadable shards and "
             f"{len(report.wrong_indexes)} wrong indexes in {shards}"
         )
-
-
-@eval_app.command("knn")
-def eval_knn(
-    run: Annotated[Path, typer.Argument(help="A run folder; its newest checkpoint that verifies is taken.")],
-    overrides: Overrides = None,
-    network: Annotated[str, typer.Option(help="teacher or student.")] = "teacher",
-    as_json: AsJson = False,
-) -> None:
-    """Weighted k-NN on data.eval_train and data.eval_test (protocol of the published eval_knn)."""
-    from dino_dist.judge import knn_of_run
-
-    _print_result(knn_of_run(run, overrides or [], role=network), as_json)
-
-
-def _print_result(result: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(result))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False)
-    for key, value in result.items():
-        table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value))
-    Console().print(table)
 
 
 def main() -> None:

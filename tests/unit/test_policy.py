@@ -23,7 +23,7 @@ LAYERS = (
     ),
     ("dist", "preemption", "requeue", "watchdog"),
     ("config", "data", "eval", "run_folder", "checkpoint_tensors"),
-    ("config_checks", "augment_presets", "inputs"),
+    ("config_checks", "augment_presets", "inputs", "weights"),
     ("config_file", "schedules", "ledger", "metrics", "parallelize", "evaluate"),
     ("optim", "checkpoint", "run_session"),
     ("student_teacher",),
@@ -43,6 +43,7 @@ LAYERS = (
             "launch.wait",
             "launch.gpu_demand",
             "launch.data_costs",
+            "launch.results",
         ),
     ),
     (
@@ -52,13 +53,13 @@ LAYERS = (
     ("launch.preflight", "launch.task"),
     ("launch.batch_job", "launch.doctor"),
     ("launch.submit",),
-    ("launch.cli_cluster",),
+    ("launch.cli_cluster", "launch.cli_eval", "launch.cli_export", "launch.cli_pictures"),
     ("launch.cli",),
 )
-"""Rooms from bottom to top: an import goes to a lower layer. `data`, `models` and `eval` are rooms of several files."""
+"""Rooms from bottom to top: an import goes to a lower layer. Those of `ROOMS_OF_FILES` are several files each."""
 
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-ROOMS_OF_FILES = ("data", "eval", "models")
+ROOMS_OF_FILES = ("data", "eval", "models", "weights")
 
 DATA_LAYERS = (("recent", "stores", "crops"), ("shards",), ("reading", "order"), ("loading",), ("prepare",))
 """Rooms within `data`, from bottom to top."""

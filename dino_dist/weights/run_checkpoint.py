@@ -1,0 +1,94 @@
+"""One network out of a run's sharded checkpoint, whatever number of ranks wrote it; nothing else of it is read."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dino_dist.checkpoint_tensors import load_tensors
+from dino_dist.errors import UserError
+from dino_dist.manifest import MANIFEST, BadCheckpoint, TensorSpec, VerifiedCheckpoint, newest_verified, verify
+from dino_dist.models.vit import VIT_SIZES, ViTShape
+from dino_dist.run_folder import RunFolder
+from dino_dist.weights.network_weights import NetworkWeights
+
+ROLES = ("teacher", "student")
+_BACKBONE, _HEAD, _CENTER = "backbone.", "head.", "center"
+
+
+def is_run_folder(path: Path) -> bool:
+    """Whether a folder is that of a training run."""
+    return RunFolder(path).config.is_file()
+
+
+def is_checkpoint_folder(path: Path) -> bool:
+    """Whether a folder is one checkpoint of a run."""
+    return (path / MANIFEST).is_file()
+
+
+def newest_checkpoint(run: Path) -> VerifiedCheckpoint:
+    """The newest checkpoint of a run folder that verifies; `UserError` if there is none."""
+    folder = RunFolder(run).checkpoints
+    choice, bad = newest_verified(folder) if folder.is_dir() else (None, {})
+    if choice is None:
+        reasons = "; ".join(f"{path.name}: {reason}" for path, reason in bad.items())
+        raise UserError(f"{run} has no checkpoint that verifies{f' ({reasons})' if reasons else ''}: train first")
+    return choice
+
+
+def one_checkpoint(folder: Path) -> VerifiedCheckpoint:
+    """That checkpoint and no other; `UserError` if it does not verify."""
+    try:
+        return verify(folder)
+    except BadCheckpoint as error:
+        raise UserError(f"{folder} is no sound checkpoint ({error}): take another one of its run") from None
+
+
+def read_run_network(checkpoint: VerifiedCheckpoint, network: str) -> NetworkWeights:
+    """The `teacher` or `student` with its head and the center; `UserError` for another role."""
+    if network not in ROLES:
+        raise UserError(f"--network {network}: choose teacher or student")
+    specs = checkpoint.manifest.tensors
+    prefix = f"{network}."
+    tensors = {name: _empty(spec) for name, spec in specs.items() if name.startswith(prefix) or name == _CENTER}
+    load_tensors(checkpoint, tensors, subset=True)
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    backbone = _below(own, _BACKBONE)
+    return NetworkWeights(
+        source=str(checkpoint.path),
+        layout="run",
+        network=network,
+        step=checkpoint.step,
+        shape=_shape(checkpoint.state["config"], backbone),
+        backbone=backbone,
+        head=_below(own, _HEAD),
+        center_1K=tensors.get(_CENTER),
+    )
+
+
+def _empty(spec: TensorSpec) -> Tensor:
+    return torch.empty(spec.shape, dtype=getattr(torch, spec.dtype.removeprefix("torch.")))
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _shape(config: dict[str, Any], backbone: dict[str, Tensor]) -> ViTShape:
+    """What the tensors do not tell stands in the config that the checkpoint carries."""
+    model = config["model"]
+    _, in_channels, patch_size, _ = backbone["patch_embed.proj.weight"].shape
+    embed_dim = backbone["cls_token"].shape[-1]
+    return ViTShape(
+        embed_dim=embed_dim,
+        depth=sum(name.endswith(".norm1.weight") for name in backbone),
+        num_heads=model["num_heads"] or VIT_SIZES[model["arch"]].num_heads,
+        patch_size=patch_size,
+        image_px=patch_size * math.isqrt(backbone["pos_embed"].shape[1] - 1),
+        mlp_ratio=backbone["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
+        in_channels=in_channels,
+    )
