@@ -8,8 +8,9 @@ import os
 import random
 import tarfile
 import tempfile
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torch import Tensor
 
+from dino_dist.data.crops.crop_parameters import Column, ViewRecipe, draw
 from dino_dist.dist import World
 
 TIMEOUT_S = 90.0
@@ -30,7 +33,7 @@ def _run_rank(function: Callable[..., Any], rank: int, size: int, store: str, pi
     try:
         dist.init_process_group(
             "gloo",
-            store=dist.FileStore(store, size),
+            store=dist.FileStore(store, size),  # type: ignore[attr-defined]
             rank=rank,
             world_size=size,
             timeout=timedelta(seconds=TIMEOUT_S),
@@ -96,6 +99,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not {"distributed", "e2e"} & {mark.name for mark in item.iter_markers()})
 
 
+@pytest.fixture(autouse=True)
+def no_threads_left() -> Iterator[None]:
+    """A thread that outlives its test keeps this process from ending, after all tests have passed."""
+    before = set(threading.enumerate())
+    yield
+    for thread in set(threading.enumerate()) - before:
+        thread.join(0 if thread.daemon else 5.0)
+        assert thread.daemon or not thread.is_alive(), f"{thread.name} goes on after the test that started it"
+
+
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> random.Random:
     """Another one each time; a failed test shows the seed."""
@@ -159,3 +172,69 @@ def tiny(small_shards: tuple[Path, Path]) -> Callable[..., list[str]]:
         return [str(Path(__file__).with_name("tiny.yaml")), f"run.dir={run_dir}", *data, *more]
 
     return settings
+
+
+class Pictures:
+    """Pictures one after another, as a batch has them, and rows of parameters for them."""
+
+    def __init__(self, images: Sequence[Tensor], ids: Sequence[int] | None = None) -> None:
+        self.images = list(images)
+        """uint8 [H, W, 3]."""
+        self.ids = np.array(range(len(images)) if ids is None else ids, dtype=np.int64)
+        self.pixels = torch.cat([image.flatten() for image in images])
+        self.sizes = torch.tensor([image.shape[:2] for image in images])
+
+    @classmethod
+    def random(cls, sizes: Sequence[tuple[int, int]], seed: int = 0) -> Pictures:
+        """Half noise and half smooth, so that both overshoot and flat regions occur."""
+        generator = torch.Generator().manual_seed(seed)
+        images = []
+        for height, width in sizes:
+            noise = torch.rand(height, width, 3, generator=generator)
+            ramp = torch.linspace(0, 1, height)[:, None, None] * torch.linspace(1, 0, width)[None, :, None]
+            mask = torch.arange(width)[None, :, None] < width // 2
+            images.append((torch.where(mask, noise, ramp) * 255.99).to(torch.uint8))
+        return cls(images)
+
+    def chosen(self, indices: Sequence[int]) -> Pictures:
+        """Some of them, in another order or repeated, under the ids that they have here."""
+        return Pictures([self.images[index] for index in indices], [int(self.ids[index]) for index in indices])
+
+    def drawn(self, recipes: Sequence[ViewRecipe], *, seed: int = 3, share_jitter: bool = False) -> Tensor:
+        """Random parameters; float64 [views, n, columns]."""
+        epochs, sizes = np.zeros_like(self.ids), self.sizes.numpy()
+        rows = draw(recipes, seed=seed, epochs=epochs, sample_ids=self.ids, sizes=sizes, share_jitter=share_jitter)
+        return torch.from_numpy(rows)
+
+    def untouched(self) -> Tensor:
+        """One view of each, cut nowhere and changed in nothing; float64 [1, n, columns]."""
+        params = torch.zeros(1, len(self.images), len(Column), dtype=torch.float64)
+        params[0, :, Column.HEIGHT : Column.WIDTH + 1] = self.sizes.double()
+        params[..., Column.BRIGHTNESS : Column.SATURATION + 1] = 1.0
+        return params
+
+
+@pytest.fixture(scope="session")
+def pictures() -> type[Pictures]:
+    """`pictures(images)` or `pictures.random(sizes, seed=0)`: see `Pictures`."""
+    return Pictures
+
+
+@pytest.fixture(scope="session")
+def full_recipe() -> ViewRecipe:
+    """Every operation may happen."""
+    return ViewRecipe(
+        size_px=32,
+        scale=(0.4, 1.0),
+        ratio=(3 / 4, 4 / 3),
+        flip_p=0.5,
+        jitter_p=0.8,
+        brightness=0.4,
+        contrast=0.4,
+        saturation=0.2,
+        hue=0.1,
+        gray_p=0.2,
+        blur_p=0.5,
+        blur_sigma_px=(0.1, 2.0),
+        solarize_p=0.2,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,18 +28,15 @@ GRAY_LEVEL = 1 / 255 / 0.225
 """One of 256 levels, in normalised units."""
 
 
-def batch_of(augment: AugmentSection) -> Batch:
-    """Noise beside ramps, so that both overshoot and flat regions occur."""
-    generator = torch.Generator().manual_seed(0)
-    images = []
-    for height, width in SIZES_PX:
-        noise = torch.rand(height, width, 3, generator=generator)
-        ramp = torch.linspace(0, 1, height)[:, None, None] * torch.linspace(1, 0, width)[None, :, None]
-        left = torch.arange(width)[None, :, None] < width // 2
-        images.append((torch.where(left, noise, ramp) * 255.99).to(torch.uint8))
-    sizes = np.array(SIZES_PX, dtype=np.int64)
-    zeros = np.zeros(len(images), dtype=np.int64)
-    ids = StreamIds(epochs=zeros, sample_ids=np.arange(len(images), dtype=np.int64), repeats=zeros)
+@pytest.fixture(scope="module")
+def images(pictures: Any) -> Any:
+    return pictures.random(SIZES_PX)
+
+
+def batch_of(images: Any, augment: AugmentSection) -> Batch:
+    """With parameters of the views."""
+    zeros = np.zeros_like(images.ids)
+    ids = StreamIds(epochs=zeros, sample_ids=images.ids, repeats=zeros)
     describe = ViewDescription(
         recipes=tuple(view_recipes(augment)),
         seed=5,
@@ -46,14 +44,14 @@ def batch_of(augment: AugmentSection) -> Batch:
         drop_path_rates=(0.0, 0.1),
     )
     return Batch(
-        pixels=torch.cat([image.flatten() for image in images]),
-        sizes=torch.from_numpy(sizes),
+        pixels=images.pixels,
+        sizes=images.sizes,
         sample_ids=torch.from_numpy(ids.sample_ids),
         epochs=torch.from_numpy(ids.epochs),
         repeats=torch.from_numpy(ids.repeats),
-        labels=torch.full((len(images),), -1),
+        labels=torch.full((len(ids.sample_ids),), -1),
         step=0,
-        extra=describe(ids, sizes),
+        extra=describe(ids, images.sizes.numpy()),
     )
 
 
@@ -61,9 +59,9 @@ def renderer(augment: AugmentSection, device: torch.device) -> ViewRenderer:
     return ViewRenderer(Config(data=DataSection(train="none"), augment=augment), device, torch.float32)
 
 
-def differences(augment: AugmentSection) -> torch.Tensor:
+def differences(images: Any, augment: AugmentSection) -> torch.Tensor:
     """Of all pixels of all views, in grey levels."""
-    batch = batch_of(augment)
+    batch = batch_of(images, augment)
     ours, expected = renderer(augment, CUDA)(batch.to(CUDA)), renderer(augment, CPU)(batch)
     pairs = zip(
         [*ours.student_crops, ours.teacher_crops], [*expected.student_crops, expected.teacher_crops], strict=True
@@ -71,36 +69,36 @@ def differences(augment: AugmentSection) -> torch.Tensor:
     return torch.cat([((a.cpu() - b).abs() / GRAY_LEVEL).flatten() for a, b in pairs])
 
 
-def test_device_crops_are_cpu_crops() -> None:
+def test_device_crops_are_cpu_crops(images: Any) -> None:
     """Solarize compares with a threshold, which rounding may cross at a few pixels; without it none differs."""
-    assert float(differences(replace(PUBLISHED, solarize_global_2_p=0.0)).max()) <= 1.0
-    all_of_it = differences(PUBLISHED)
+    assert float(differences(images, replace(PUBLISHED, solarize_global_2_p=0.0)).max()) <= 1.0
+    all_of_it = differences(images, PUBLISHED)
     assert float((all_of_it > 1.0).double().mean()) <= 1e-3
 
 
-def test_crops_of_an_image_jittered_as_a_whole_are_the_cpus() -> None:
+def test_crops_of_an_image_jittered_as_a_whole_are_the_cpus(images: Any) -> None:
     shared = replace(
         PUBLISHED, share_jitter=True, teacher_sees_colors=False, blur_filter="taps9", solarize_global_2_p=0.0
     )
-    assert float(differences(shared).max()) <= 1.0
+    assert float(differences(images, shared).max()) <= 1.0
 
 
-def test_each_operation_alone_is_the_cpus() -> None:
+def test_each_operation_alone_is_the_cpus(images: Any) -> None:
     off = {name: 0.0 for name in ("flip_p", "jitter_p", "gray_p", "blur_global_1_p", "blur_global_2_p", "blur_local_p")}
     plain = replace(PUBLISHED, solarize_global_2_p=0.0, **off)  # type: ignore[arg-type]
     for changes in ({}, {"flip_p": 1.0}, {"jitter_p": 1.0}, {"gray_p": 1.0}, {"blur_local_p": 1.0}):
-        largest = float(differences(replace(plain, **changes)).max())  # type: ignore[arg-type]
+        largest = float(differences(images, replace(plain, **changes)).max())  # type: ignore[arg-type]
         assert largest <= 1.0, (changes, largest)
 
 
-def test_rendering_repeats_to_the_bit() -> None:
-    batch, render = batch_of(PUBLISHED).to(CUDA), renderer(PUBLISHED, CUDA)
+def test_rendering_repeats_to_the_bit(images: Any) -> None:
+    batch, render = batch_of(images, PUBLISHED).to(CUDA), renderer(PUBLISHED, CUDA)
     first, second = render(batch), render(batch)
     assert all(torch.equal(a, b) for a, b in zip(first.student_crops, second.student_crops, strict=True))
 
 
-def test_a_batch_on_the_device_is_rendered_without_waiting() -> None:
-    batch, render = batch_of(PUBLISHED).to(CUDA), renderer(PUBLISHED, CUDA)
+def test_a_batch_on_the_device_is_rendered_without_waiting(images: Any) -> None:
+    batch, render = batch_of(images, PUBLISHED).to(CUDA), renderer(PUBLISHED, CUDA)
     render(batch)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -113,8 +111,8 @@ def test_a_batch_on_the_device_is_rendered_without_waiting() -> None:
     assert bool(torch.isfinite(views.global_crops).all())
 
 
-def test_evaluations_view_is_the_cpus() -> None:
-    batch = batch_of(PUBLISHED)
+def test_evaluations_view_is_the_cpus(images: Any) -> None:
+    batch = batch_of(images, PUBLISHED)
     settings = {"resize_px": 64, "crop_px": 56, "mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
     expected = resize_for_eval(batch.pixels, batch.sizes, **settings)  # type: ignore[arg-type]
     ours = resize_for_eval(batch.pixels.to(CUDA), batch.sizes, **settings)  # type: ignore[arg-type]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -16,15 +14,6 @@ from dino_dist.errors import UserError
 CPU = torch.device("cpu")
 SIGMAS = [0.0, 0.1, 0.7, 1.41, 1.42, 2.0]
 SIDES_PX = [5, 6, 12, 13, 14, BLOCK, BLOCK + 1, 3 * BLOCK, 98]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Several threads for pictures this small only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def pictures(side_px: int) -> torch.Tensor:

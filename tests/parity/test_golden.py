@@ -41,7 +41,6 @@ def load_tool(name: str) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    torch.set_num_threads(1)
     return load_tool("replay_golden")
 
 

@@ -180,7 +180,7 @@ def test_impossible_options_are_named_as_users_know_them(field: str, value: floa
         "prefetch_shards": "cache_ahead_shards",
     }
     with pytest.raises(UserError, match=rf"^data\.{known_as[field]}=.* must be"):
-        StoreOptions(**{field: value})
+        StoreOptions(**{field: value})  # type: ignore[arg-type]
 
 
 def test_counts_of_processes_add_up() -> None:
