@@ -108,6 +108,11 @@ class ModelSection:
     suits a width of 768 (1 / sqrt(3 width)); a much narrower network needs more to start learning."""
     attention: Literal["auto", "xformers", "sdpa", "explicit"] = "auto"
     """auto: xformers where it works (CUDA), else torch's scaled_dot_product_attention."""
+    init_from: str | None = None
+    """What a new run starts from instead of `run.seed`: a run folder, one of its checkpoints, or weights of DINO, timm
+    or Hugging Face. A resumed run does not look at it."""
+    init_from_strict: bool = True
+    """Refuse a backbone that does not fit as a whole; false takes over what fits and says what does not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,7 +308,7 @@ class MetricsSection:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSection:
-    """k-NN on the teacher's features (protocol of the published eval_knn)."""
+    """Judging features: k-NN while training (protocol of the published eval_knn), and `dino-dist eval`."""
 
     knn_every: str | None = _duration(None)
     """Between k-NN evaluations during training; null: only at the end."""
@@ -311,6 +316,22 @@ class EvalSection:
     """Numbers of neighbours."""
     knn_temperature: float = _number(0.07, above=0)
     """A neighbour votes with exp(cosine / temperature)."""
+    knn_temperatures: tuple[float, ...] = ()
+    """Further temperatures that `dino-dist eval knn` tries on the same neighbours."""
+    linear_lr: tuple[float, ...] = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+    """Peak learning rates of 256 images a step, scaled with the batch; a linear classifier is trained with each."""
+    linear_blocks: tuple[int, ...] = (1, 4)
+    """How many last blocks' class tokens a classifier sees; each is tried (published: 4 for ViT-S, 1 for ViT-B)."""
+    linear_avgpool: tuple[bool, ...] = (False, True)
+    """Whether it sees the last block's mean patch too; each is tried (published: false for ViT-S, true for ViT-B)."""
+    linear_epochs: int | None = field(default=None, metadata={"at_least": 1})
+    """Passes over the labelled images; null: 100, as published, or as many as make half a million images, if more."""
+    linear_batch_size: int | None = field(default=None, metadata={"at_least": 1})
+    """Images a step; null: 1024, as published, or a tenth of the labelled images, if that is fewer."""
+    linear_augment: bool = False
+    """true: random crops and flips, new in each epoch, as published; false: features of center crops, computed once."""
+    logreg_C: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
+    """Inverse strengths of regularisation; the best on a tenth of the labelled images is taken."""
     resize_px: int = _number(256, at_least=1)
     """Short side after resizing."""
     crop_px: int = _number(224, at_least=1)
@@ -362,18 +383,9 @@ class Config:
 
 
 MAY_CHANGE_ON_RESUME = (
-    *(
-        "run.dir",
-        "run.requeue",
-        "run.max_idle_restarts",
-        "data.num_workers",
-        "data.buffer_mib",
-        "data.cache_",
-        "data.store_",
-        "data.eval_",
-        "train.accumulate",
-    ),
-    *("checkpoint.", "metrics.", "eval.", "parallel."),
+    *("run.dir", "run.requeue", "run.max_idle_restarts"),
+    *("data.num_workers", "data.buffer_mib", "data.cache_", "data.store_", "data.eval_"),
+    *("train.accumulate", "checkpoint.", "metrics.", "eval.", "parallel."),
 )
 """Prefixes of the keys that a resumed run may set otherwise: they change no result beyond rounding."""
 

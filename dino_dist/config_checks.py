@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from dino_dist.config import AugmentSection, Config, leaves
+from dino_dist.config import AugmentSection, Config, EvalSection, leaves
 from dino_dist.durations import Duration
 from dino_dist.errors import UserError
 
@@ -112,15 +112,32 @@ def _check_sizes(config: Config) -> None:
         value = getattr(config.model, key)
         if value is not None and value < 1:
             raise UserError(f"model.{key}={value} is out of range: it must be at least 1")
-    if not config.eval.knn_k or min(config.eval.knn_k) < 1:
-        raise UserError(
-            f"eval.knn_k={list(config.eval.knn_k)}: give one or more numbers of neighbours, each at least 1"
-        )
+    _check_eval_lists(config.eval)
     if min(config.data.std) <= 0:
         raise UserError(f"data.std={list(config.data.std)} is out of range: each must be above 0")
     for key, interval in (("global_scale", augment.global_scale), ("local_scale", augment.local_scale)):
         if interval[1] > 1:
             raise UserError(f"augment.{key}={list(interval)}: a crop cannot cover more than 1.0 of the image")
+
+
+def _check_eval_lists(section: EvalSection) -> None:
+    """Everything that is tried in a list, one after the other."""
+    if not section.knn_k or min(section.knn_k) < 1:
+        raise UserError(f"eval.knn_k={list(section.knn_k)}: give one or more numbers of neighbours, each at least 1")
+    if not section.linear_blocks or min(section.linear_blocks) < 1:
+        raise UserError(
+            f"eval.linear_blocks={list(section.linear_blocks)}: give one or more numbers of blocks, each at least 1"
+        )
+    if not section.linear_avgpool:
+        raise UserError("eval.linear_avgpool=[]: give true, false or both")
+    for key, values, may_be_empty in (
+        ("knn_temperatures", section.knn_temperatures, True),
+        ("linear_lr", section.linear_lr, False),
+        ("logreg_C", section.logreg_C, False),
+    ):
+        if not all(0 < value < math.inf for value in values) or not (values or may_be_empty):
+            least = "any number of" if may_be_empty else "one or more"
+            raise UserError(f"eval.{key}={list(values)}: give {least} finite numbers above 0")
 
 
 def _check_blur(augment: AugmentSection) -> None:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from dino_dist.config import DataSection
 from dino_dist.data.order.training_set import TrainingSet, open_training_set
+from dino_dist.data.prepare.image_files import (
+    FileBytes,
+    ImageFiles,
+    class_numbers,
+    find_image_files,
+    open_image_files,
+)
 from dino_dist.data.reading.decode import DecodeRules
 from dino_dist.data.reading.shard_bytes import ShardBytes, StoreOptions
-from dino_dist.data.reading.stream import SampleReader
+from dino_dist.data.reading.stream import ByteSource, SampleReader
 from dino_dist.data.shards.index import DatasetIndex, open_dataset
 from dino_dist.polling import Poll, nothing_to_poll
 
@@ -39,13 +47,36 @@ def training_set(data: DataSection, index_dir: Path, poll: Poll = nothing_to_pol
 
 
 def labelled_set(spec: str, data: DataSection, index_dir: Path, poll: Poll = nothing_to_poll) -> DatasetIndex:
-    """The shards of `data.eval_train` or `data.eval_test`, indexed."""
-    return open_dataset(spec, fallback_dir=index_dir, store=store_options(data), poll=poll)
+    """What `data.eval_train` or `data.eval_test` names by itself, indexed; see `labelled_sets`."""
+    return labelled_sets([spec], data, index_dir, poll)[0]
+
+
+def labelled_sets(
+    specs: Sequence[str], data: DataSection, index_dir: Path, poll: Poll = nothing_to_poll
+) -> list[DatasetIndex]:
+    """Labelled shards, folders of images or lists of them, whose labels mean the same in all `specs`.
+
+    The sub-folders of a folder of images are its classes. `UserError` as `open_dataset` and `class_numbers` say.
+    """
+    found = [find_image_files(spec) for spec in specs]
+    # First, as one that does not exist says more than classes that do not match.
+    opened = {
+        spec: open_dataset(spec, fallback_dir=index_dir, store=store_options(data), poll=poll)
+        for spec, files in zip(specs, found, strict=True)
+        if files is None
+    }
+    numbers = class_numbers(found, specs)
+    return [
+        opened[spec] if files is None else open_image_files(files, spec, numbers, index_dir)
+        for spec, files in zip(specs, found, strict=True)
+    ]
 
 
 def sample_reader(samples: TrainingSet | DatasetIndex, data: DataSection) -> SampleReader:
     """Reads the samples of a data set as the config says; what a selection leaves out stands in for nothing."""
     dataset = samples if isinstance(samples, DatasetIndex) else samples.dataset
     members = samples.members if isinstance(samples, TrainingSet) and samples.sets else None
-    source = ShardBytes(dataset=dataset, options=store_options(data))
+    source: ByteSource = ShardBytes(dataset=dataset, options=store_options(data))
+    if isinstance(dataset, ImageFiles):
+        source = FileBytes(dataset=dataset)
     return SampleReader(dataset=dataset, rules=decode_rules(data), source=source, members=members)

@@ -121,7 +121,7 @@ def _append_whole(descriptor: int, line: bytes) -> None:
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
 

@@ -15,7 +15,7 @@ from dino_dist.config import Config
 from dino_dist.dist import World
 from dino_dist.eval.attention_maps import cls_attention_maps, to_unit_range
 from dino_dist.eval.features import LabelledFeatures
-from dino_dist.evaluate import Evaluator
+from dino_dist.judging.evaluator import Evaluator
 from dino_dist.ledger import JsonLines
 from dino_dist.metrics import MetricsWriter
 from dino_dist.progress import Progress

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run, and how a run goes on from it as if it had never stopped."""
+"""What a checkpoint holds of a run, and how a run goes on from it as if it had never stopped; how a new one begins."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dino_dist.agreement import unread_word, word_tensor
 from dino_dist.config import leaves
 from dino_dist.config_file import to_plain
 from dino_dist.errors import UserError
+from dino_dist.init_from import start_from
 from dino_dist.manifest import VerifiedCheckpoint
 from dino_dist.optim import group_settings
 from dino_dist.run import Run
@@ -46,16 +47,28 @@ def state(run: Run) -> dict[str, Any]:
 
 
 def restore(run: Run) -> None:
-    """Take up the newest checkpoint that verifies, if there is one; rows that were written after it are cut."""
+    """Take up the newest checkpoint that verifies, if there is one; rows that were written after it are cut.
+
+    A run without one begins: at the weights of its seed, or of `model.init_from`.
+    """
     with said_by_rank_zero(run.world):
         choice = run.checkpointer.newest()
     if choice is not None:
         load(run, choice)
+    elif run.config.model.init_from is not None:
+        begin_elsewhere(run)
     run.session.begin(run.config, run.steps_done)
     run.evaluated_at = run.session.last_logged("knn_top1")
     run.monitor.begin(run.steps_done, {key: value for key, value, _ in leaves(run.config)})
     for line in run.introduction:
         run.monitor.say(line)
+
+
+def begin_elsewhere(run: Run) -> None:
+    """Take the weights of `model.init_from`, whatever was drawn from the seed."""
+    lines = start_from(run.config, run.step, run.world)
+    run.introduction += lines
+    run.session.ledger_row("restore", 0, "; ".join(lines))
 
 
 def load(run: Run, choice: VerifiedCheckpoint) -> None:

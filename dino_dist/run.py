@@ -19,8 +19,9 @@ from dino_dist.data.order.order import SampleOrder
 from dino_dist.data.order.training_set import TrainingSet
 from dino_dist.dist import World
 from dino_dist.durations import Duration
-from dino_dist.evaluate import Evaluator
+from dino_dist.init_from import check_source
 from dino_dist.inputs import sample_reader, training_set
+from dino_dist.judging.evaluator import Evaluator
 from dino_dist.liveness import Pulse
 from dino_dist.monitor import Monitor
 from dino_dist.preemption import AgreedWord, StopSignals
@@ -91,6 +92,7 @@ def build_run(config: Config, world: World, session: RunSession, signals: StopSi
         pulse.tick()  # indexing reads every image once
         signals.raise_if_asked()
 
+    world.first(lambda: check_source(config, session.folder))
     samples = world.first(lambda: training_set(config.data, index_dir, poll))
     schedules = build_schedules(config, samples.num_samples)
     every = resolve_every(config, samples.num_samples)

@@ -22,10 +22,10 @@ from dino_dist.data.loading.batch import Batch
 from dino_dist.data.stores.store_options import StoreCounts
 from dino_dist.dist import ProcessEnvironment, World, joined_world, set_timeout
 from dino_dist.errors import FailedTogether, RunFailed, StopAsked
-from dino_dist.evaluate import cls_forward, fixed_images
 from dino_dist.exit_codes import DONE
 from dino_dist.health import center_norm
 from dino_dist.inputs import sample_reader
+from dino_dist.judging.evaluator import cls_forward, fixed_images
 from dino_dist.liveness import Limits, Pulse
 from dino_dist.preemption import GO_ON, AgreedWord, StopSignals, job_time_limit
 from dino_dist.resume import restore, save

@@ -21,6 +21,8 @@ from launch.cli_cluster import cluster_app
 from launch.cli_eval import eval_app
 from launch.cli_export import export_app
 from launch.cli_pictures import pictures_app
+from launch.cli_report import report_app
+from launch.cli_retrieval import retrieval_app
 from launch.results import AsJson, Overrides, print_result
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -28,7 +30,8 @@ shards_app = typer.Typer(no_args_is_help=True, help="Make, index and check WebDa
 app.add_typer(shards_app, name="shards")
 app.add_typer(eval_app, name="eval")
 # Without a name: their commands stand beside ours.
-for commands in (cluster_app, pictures_app, export_app):
+eval_app.add_typer(retrieval_app)
+for commands in (cluster_app, pictures_app, report_app, export_app):
     app.add_typer(commands)
 
 

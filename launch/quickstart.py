@@ -20,7 +20,7 @@ from dino_dist.config_file import load_config
 from dino_dist.data.prepare.build import BuildOptions, build_shards
 from dino_dist.dist import World
 from dino_dist.errors import RunFailed, UserError
-from dino_dist.evaluate import Evaluator, Forward, cls_forward, raw_pixels
+from dino_dist.judging.evaluator import Evaluator, Forward, cls_forward, raw_pixels
 from dino_dist.ledger import read_rows
 from dino_dist.run_folder import RunFolder
 from launch.local import run_ranks

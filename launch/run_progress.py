@@ -120,7 +120,7 @@ def _last_rows(path: Path) -> list[dict[str, Any]]:
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:  # torn by a kill, or being written
+        except (ValueError, RecursionError):  # torn by a kill, or being written
             continue
         if isinstance(row, dict):
             rows.append(row)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dino_dist.dist import World
 from dino_dist.errors import StopAsked
+from dino_dist.polling import StopWord, go_on
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """Images [b, 3, h, w], labels [b] int64, ids [b] int64."""
@@ -24,17 +25,12 @@ class LabelledFeatures:
     ids_N: Tensor
 
 
-def go_on() -> int:
-    """For callers whom nothing interrupts."""
-    return 0
-
-
 @torch.no_grad()
 def extract(
     model_forward: Callable[[Tensor], Tensor],
     batches: Iterable[Batch],
     world: World,
-    stop_word: Callable[[], int] = go_on,
+    stop_word: StopWord = go_on,
 ) -> LabelledFeatures:
     """Run `model_forward` ([b, 3, h, w] -> [b, D]) over this rank's batches and gather all ranks' rows.
 

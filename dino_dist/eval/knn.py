@@ -15,12 +15,16 @@ from torch import Tensor
 from dino_dist.dist import World
 from dino_dist.errors import UserError
 
+_MAX_VOTES = 2**25
+"""Cells of one table of votes: with very many classes fewer images vote at once."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class KnnAccuracy:
     """Fractions from 0 to 1 of the test images."""
 
     k: int
+    temperature: float
     top1: float
     top5: float
     """The right class is among the five with most votes (all of them where there are fewer)."""
@@ -55,6 +59,41 @@ def _largest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return value, index.gather(1, by_value)
 
 
+def knn_predictions(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    *,
+    k: Sequence[int],
+    temperatures: Sequence[float],
+    test_chunk: int = 1024,
+    train_chunk: int = 65536,
+) -> dict[tuple[int, float], Tensor]:
+    """The best classes of each test image for each k and temperature, from one search for neighbours.
+
+    [M, min(5, C)] int64, most votes first, ties by class number; a place that no class has won by a vote (k below 5,
+    say) holds -1. A neighbor votes for its label with exp(cosine / temperature); with fewer than k train images all of
+    them vote. Features [N, D] and [M, D] of any float type (computed in theirs, fp32 at least), not normalised by the
+    caller. C is the number of train labels that differ, whatever numbers they are.
+    `UserError` for missing labels, a single class or features that are not finite.
+    """
+    check_labels(train_labels, "train")
+    train_ND, test_MD = unit_rows(train_features, "train"), unit_rows(test_features, "test")
+    if min(k) < 1 or min(temperatures) <= 0:
+        raise ValueError(f"k-NN: k={list(k)} must be at least 1 and temperatures {list(temperatures)} above 0")
+    labels_N = train_labels.to(train_ND.device)
+    classes = torch.unique_consecutive(labels_N.sort().values)
+    label_N = torch.searchsorted(classes, labels_N)
+    temperatures = list(dict.fromkeys(temperatures))
+    parts: dict[tuple[int, float], list[Tensor]] = {(wanted, heat): [] for wanted in k for heat in temperatures}
+    for chunk_MD in torch.split(test_MD, min(test_chunk, max(1, _MAX_VOTES // len(classes)))):
+        similarity, index = nearest_neighbors(train_ND, chunk_MD, k=min(max(k), len(train_ND)), train_chunk=train_chunk)
+        for heat in temperatures:
+            for wanted, ranked in _vote(similarity, label_N[index], len(classes), k, heat).items():
+                parts[wanted, heat].append(classes[ranked].where(ranked >= 0, -1))
+    return {setting: torch.cat(chunks) for setting, chunks in parts.items()}
+
+
 def knn_predict(
     train_features: Tensor,
     train_labels: Tensor,
@@ -65,25 +104,17 @@ def knn_predict(
     test_chunk: int = 1024,
     train_chunk: int = 65536,
 ) -> dict[int, Tensor]:
-    """The best classes of each test image for each `k`: [M, min(5, C)] int64, most votes first, ties by class number.
-
-    A place that no class has won by a vote (k below 5, say) holds -1. A neighbor votes for its label with
-    exp(cosine / temperature); with fewer than k train images all of them vote.
-    Features [N, D] and [M, D] of any float type (computed in theirs, fp32 at least), not normalised by the caller.
-    C is the largest train label + 1. `UserError` for missing labels, a single class or features that are not finite.
-    """
-    _check_labels(train_labels, "train")
-    train_ND, test_MD = _unit_rows(train_features, "train"), _unit_rows(test_features, "test")
-    labels_N = train_labels.to(train_ND.device)
-    if min(k) < 1:
-        raise ValueError(f"k-NN: k must be at least 1, got {min(k)}")
-    num_classes = int(labels_N.max()) + 1
-    parts: dict[int, list[Tensor]] = {wanted: [] for wanted in k}
-    for chunk_MD in torch.split(test_MD, test_chunk):
-        similarity, index = nearest_neighbors(train_ND, chunk_MD, k=min(max(k), len(train_ND)), train_chunk=train_chunk)
-        for wanted, ranked in _vote(similarity, labels_N[index], num_classes, k, temperature).items():
-            parts[wanted].append(ranked)
-    return {wanted: torch.cat(chunks) for wanted, chunks in parts.items()}
+    """`knn_predictions` at one temperature: by `k`."""
+    predicted = knn_predictions(
+        train_features,
+        train_labels,
+        test_features,
+        k=k,
+        temperatures=[temperature],
+        test_chunk=test_chunk,
+        train_chunk=train_chunk,
+    )
+    return {wanted: ranked for (wanted, _), ranked in predicted.items()}
 
 
 def _vote(
@@ -105,6 +136,50 @@ def _vote(
     return ranked
 
 
+def knn_accuracies(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    *,
+    k: Sequence[int],
+    temperatures: Sequence[float],
+    world: World | None = None,
+    test_chunk: int = 1024,
+    train_chunk: int = 65536,
+) -> list[KnnAccuracy]:
+    """Top-1 and top-5 accuracy for each temperature and each k, in this order. See `knn_predictions`.
+
+    With a `world`, each rank takes a share of the test images and all get the same result (all features on all ranks).
+    """
+    world = world or World()
+    check_labels(train_labels, "train")
+    check_labels(test_labels, "test", one_class_is_fine=True)
+    settings = [(wanted, heat) for heat in dict.fromkeys(temperatures) for wanted in dict.fromkeys(k)]
+    mine = slice(world.rank, None, world.size)
+    labels_M = test_labels.to(train_features.device)[mine]
+    # Per setting: hits at 1, hits at 5. Counts, so that the sum over ranks is exact.
+    hits = torch.zeros(len(settings), 2, dtype=torch.int64, device=world.device)
+    if len(labels_M):
+        predicted = knn_predictions(
+            train_features,
+            train_labels,
+            test_features[mine],
+            k=k,
+            temperatures=temperatures,
+            test_chunk=test_chunk,
+            train_chunk=train_chunk,
+        )
+        for row, setting in enumerate(settings):
+            right = predicted[setting] == labels_M.unsqueeze(1)
+            hits[row, 0], hits[row, 1] = right[:, 0].sum(), right.any(1).sum()
+    share = (world.all_reduce_sum_(hits).double() / len(test_labels)).tolist()
+    return [
+        KnnAccuracy(k=wanted, temperature=heat, top1=top1, top5=top5)
+        for (wanted, heat), (top1, top5) in zip(settings, share, strict=True)
+    ]
+
+
 def knn_accuracy(
     train_features: Tensor,
     train_labels: Tensor,
@@ -117,57 +192,46 @@ def knn_accuracy(
     test_chunk: int = 1024,
     train_chunk: int = 65536,
 ) -> dict[int, KnnAccuracy]:
-    """Top-1 and top-5 accuracy for each `k`. See `knn_predict`.
-
-    With a `world`, each rank takes a share of the test images and all get the same result (all features on all ranks).
-    """
-    world = world or World()
-    _check_labels(train_labels, "train")
-    _check_labels(test_labels, "test", one_class_is_fine=True)
-    mine = slice(world.rank, None, world.size)
-    labels_M = test_labels.to(train_features.device)[mine]
-    # Per k: hits at 1, hits at 5. Counts, so that the sum over ranks is exact.
-    hits = torch.zeros(len(k), 2, dtype=torch.int64, device=world.device)
-    if len(labels_M):
-        predicted = knn_predict(
-            train_features,
-            train_labels,
-            test_features[mine],
-            k=k,
-            temperature=temperature,
-            test_chunk=test_chunk,
-            train_chunk=train_chunk,
-        )
-        for row, wanted in enumerate(k):
-            right = predicted[wanted] == labels_M.unsqueeze(1)
-            hits[row, 0], hits[row, 1] = right[:, 0].sum(), right.any(1).sum()
-    share = (world.all_reduce_sum_(hits).double() / len(test_labels)).tolist()
-    return {wanted: KnnAccuracy(k=wanted, top1=share[row][0], top5=share[row][1]) for row, wanted in enumerate(k)}
+    """`knn_accuracies` at one temperature: by `k`."""
+    accuracies = knn_accuracies(
+        train_features,
+        train_labels,
+        test_features,
+        test_labels,
+        k=k,
+        temperatures=[temperature],
+        world=world,
+        test_chunk=test_chunk,
+        train_chunk=train_chunk,
+    )
+    return {accuracy.k: accuracy for accuracy in accuracies}
 
 
-def _check_labels(labels: Tensor, which: str, *, one_class_is_fine: bool = False) -> None:
+def check_labels(labels: Tensor, which: str, *, one_class_is_fine: bool = False) -> None:
+    """`UserError` if the images of data.eval_`which` (train or test) cannot be judged by their labels."""
     missing = int((labels < 0).sum())
     if not len(labels):
-        raise UserError(f"k-NN: the {which} set has no image; give data.eval_{which} one or set it to null")
+        raise UserError(f"the {which} set has no image: give data.eval_{which} one or set it to null")
     if missing:
         raise UserError(
-            f"k-NN: {missing} of {len(labels)} {which} images have no label; "
-            f"add a cls member to each or set data.eval_{which} to null"
+            f"{missing} of {len(labels)} {which} images have no label: add a cls member to each (in a folder: "
+            f"a sub-folder for each class) or set data.eval_{which} to null"
         )
     if not one_class_is_fine and bool((labels == labels[0]).all()):
         raise UserError(
-            f"k-NN: all {len(labels)} {which} images have label {int(labels[0])}, at least two classes are needed; "
+            f"all {len(labels)} {which} images have label {int(labels[0])}, at least two classes are needed: "
             f"give data.eval_{which} a labelled set or set it to null"
         )
 
 
-def _unit_rows(features: Tensor, which: str) -> Tensor:
+def unit_rows(features: Tensor, which: str) -> Tensor:
+    """Rows scaled to length 1, fp32 at least; `UserError` if any is not finite."""
     if features.dtype not in (torch.float32, torch.float64):
         features = features.float()
     bad = int((~torch.isfinite(features)).any(1).sum())
     if bad:
         raise UserError(
-            f"k-NN: the features of {bad} of {len(features)} {which} images are not finite; the model has diverged, "
+            f"the features of {bad} of {len(features)} {which} images are not finite; the model has diverged, "
             "evaluate an earlier checkpoint"
         )
     return F.normalize(features, dim=1)

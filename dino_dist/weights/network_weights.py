@@ -24,6 +24,12 @@ class NetworkWeights:
     """`teacher` or `student`; `only` where the file holds one network and does not say which."""
     step: int | None = None
     """Steps done when it was written, if known."""
+    epoch: int | None = None
+    """Whole passes over the data set then, if known."""
+    pixel_mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Subtracted from pixels in [0, 1] before the network, one a channel; ImageNet's where the file does not tell."""
+    pixel_std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    """Divides them after that."""
     shape: ViTShape
     """Sizes of the backbone; `image_px` belongs to its learned positions."""
     backbone: Mapping[str, Tensor]
@@ -33,11 +39,30 @@ class NetworkWeights:
     center_1K: Tensor | None = None
     left_out: tuple[str, ...] = ()
     """Names in the file that no part of this project's network has, such as a classifier's."""
+    notes: tuple[str, ...] = ()
+    """What the user should know about it, a sentence each."""
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the backbone: what it is to compute in."""
         return self.backbone["cls_token"].dtype
+
+    def describe(self) -> str:
+        """One line: what it is, and what came with it."""
+        shape = self.shape
+        parts = [
+            f"{self.network if self.network != 'only' else 'network'} of {self.source} ({self.layout} names"
+            f"{'' if self.step is None else f', step {self.step}'})",
+            f"ViT of width {shape.embed_dim}, {shape.depth} blocks, {shape.num_heads} heads, patches of "
+            f"{shape.patch_size} px, positions for {shape.image_px} px",
+        ]
+        if "last_layer.weight_v" in self.head:
+            parts.append(f"head of {self.head['last_layer.weight_v'].shape[0]} prototypes")
+        if self.center_1K is not None:
+            parts.append("center")
+        if self.left_out:
+            parts.append(f"left out: {', '.join(self.left_out[:4])}{' ...' if len(self.left_out) > 4 else ''}")
+        return "; ".join(parts)
 
 
 def build_backbone(

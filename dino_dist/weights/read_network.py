@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from dino_dist.errors import UserError
+from dino_dist.manifest import VerifiedCheckpoint
+from dino_dist.weights.model_folder import SAFETENSORS, SAFETENSORS_INDEX, TORCH, is_model_folder
 from dino_dist.weights.network_weights import NetworkWeights
+from dino_dist.weights.opened import ROLES, OpenedWeights
 from dino_dist.weights.run_checkpoint import (
     is_checkpoint_folder,
     is_run_folder,
@@ -13,19 +16,41 @@ from dino_dist.weights.run_checkpoint import (
     one_checkpoint,
     read_run_network,
 )
+from dino_dist.weights.weights_file import ReadOptions, open_model_folder, open_weights_file
 
 
 def read_network(source: str | Path, *, network: str = "teacher", num_heads: int | None = None) -> NetworkWeights:
     """The network that `source` names, on the CPU; of two, the one that `network` names.
 
-    A run folder means its newest checkpoint that verifies. `num_heads`: attention heads, where the file does not tell
-    and the width is not a multiple of 64. `UserError` for what is no network of this architecture, in one line.
+    `source`: a run folder (its newest checkpoint that verifies), one of its checkpoints, an original DINO file, weights
+    of timm or Hugging Face (a file or a folder), an export of this project. `num_heads`: attention heads, where the
+    file does not tell and the width is not a multiple of 64. `UserError` for what is no network of this architecture,
+    in one line.
     """
+    return open_weights(source, ReadOptions(num_heads=num_heads)).network(network)
+
+
+def open_weights(source: str | Path, options: ReadOptions) -> OpenedWeights:
+    """Find out what `source` is and which networks it holds; see `read_network`."""
     path = Path(source)
-    if not path.exists():
+    if path.is_file():
+        return open_weights_file(path, options)
+    if not path.is_dir():
         raise UserError(f"{path} does not exist: give a run folder, one of its checkpoints, or a file of weights")
     if is_run_folder(path):
-        return read_run_network(newest_checkpoint(path), network)
+        return _opened_checkpoint(newest_checkpoint(path))
     if is_checkpoint_folder(path):
-        return read_run_network(one_checkpoint(path), network)
-    raise UserError(f"{path} is neither a run folder nor one of its checkpoints")
+        return _opened_checkpoint(one_checkpoint(path))
+    if is_model_folder(path):
+        return open_model_folder(path, options)
+    raise UserError(
+        f"{path} is neither a run folder nor one of its checkpoints, and has no {SAFETENSORS}, {SAFETENSORS_INDEX} or "
+        f"{TORCH}: give one of these, or a file of weights"
+    )
+
+
+def _opened_checkpoint(checkpoint: VerifiedCheckpoint) -> OpenedWeights:
+    def read(network: str) -> NetworkWeights:
+        return read_run_network(checkpoint, network)
+
+    return OpenedWeights(source=str(checkpoint.path), networks=ROLES, read=read)

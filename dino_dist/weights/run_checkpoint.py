@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,11 +10,12 @@ from torch import Tensor
 from dino_dist.checkpoint_tensors import load_tensors
 from dino_dist.errors import UserError
 from dino_dist.manifest import MANIFEST, BadCheckpoint, TensorSpec, VerifiedCheckpoint, newest_verified, verify
-from dino_dist.models.vit import VIT_SIZES, ViTShape
+from dino_dist.models.vit import VIT_SIZES
 from dino_dist.run_folder import RunFolder
 from dino_dist.weights.network_weights import NetworkWeights
+from dino_dist.weights.opened import ROLES
+from dino_dist.weights.shapes import shape_of
 
-ROLES = ("teacher", "student")
 _BACKBONE, _HEAD, _CENTER = "backbone.", "head.", "center"
 
 
@@ -58,12 +57,20 @@ def read_run_network(checkpoint: VerifiedCheckpoint, network: str) -> NetworkWei
     load_tensors(checkpoint, tensors, subset=True)
     own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     backbone = _below(own, _BACKBONE)
+    state = checkpoint.state
+    data, model = state["config"]["data"], state["config"]["model"]
     return NetworkWeights(
         source=str(checkpoint.path),
         layout="run",
         network=network,
         step=checkpoint.step,
-        shape=_shape(checkpoint.state["config"], backbone),
+        epoch=state["samples_consumed"] // state["dataset_samples"],
+        pixel_mean=tuple(data["mean"]),
+        pixel_std=tuple(data["std"]),
+        # What the tensors do not tell stands in the config that the checkpoint carries.
+        shape=shape_of(
+            backbone, num_heads=model["num_heads"] or VIT_SIZES[model["arch"]].num_heads, source=str(checkpoint.path)
+        ),
         backbone=backbone,
         head=_below(own, _HEAD),
         center_1K=tensors.get(_CENTER),
@@ -76,19 +83,3 @@ def _empty(spec: TensorSpec) -> Tensor:
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _shape(config: dict[str, Any], backbone: dict[str, Tensor]) -> ViTShape:
-    """What the tensors do not tell stands in the config that the checkpoint carries."""
-    model = config["model"]
-    _, in_channels, patch_size, _ = backbone["patch_embed.proj.weight"].shape
-    embed_dim = backbone["cls_token"].shape[-1]
-    return ViTShape(
-        embed_dim=embed_dim,
-        depth=sum(name.endswith(".norm1.weight") for name in backbone),
-        num_heads=model["num_heads"] or VIT_SIZES[model["arch"]].num_heads,
-        patch_size=patch_size,
-        image_px=patch_size * math.isqrt(backbone["pos_embed"].shape[1] - 1),
-        mlp_ratio=backbone["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
-        in_channels=in_channels,
-    )

@@ -105,7 +105,7 @@ def test_other_commands(cli: Callable[..., Any], tmp_path: Path) -> None:
     assert nowhere in cli("shards", "index", nowhere).refusal()
     assert nowhere in cli("shards", "build", nowhere, str(tmp_path / "out")).refusal()
     assert nowhere in cli("eval", "knn", nowhere).refusal()
-    assert "not a run folder" in cli("eval", "knn", str(tmp_path / "empty")).refusal()
+    assert "neither a run folder" in cli("eval", "knn", str(tmp_path / "empty")).refusal()
     assert str(tmp_path / "file") in cli("quickstart", "--dir", str(tmp_path / "file" / "below")).refusal()
 
 

@@ -17,7 +17,10 @@ from dino_dist.ledger import read_rows
 
 pytestmark = pytest.mark.e2e
 
-COMMANDS = ["", "train", "quickstart", "doctor", "shards", "shards build", "shards index", "shards check", "eval knn"]
+COMMANDS = [
+    *("", "train", "quickstart", "doctor", "shards", "shards build", "shards index", "shards check", "eval knn"),
+    *("eval linear", "eval logreg", "eval retrieval", "eval copy", "eval video", "attention", "report", "export"),
+]
 
 
 @pytest.fixture

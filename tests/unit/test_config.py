@@ -293,11 +293,11 @@ RECIPES = {
 
 
 def test_every_recipe_is_known_to_the_tests() -> None:
-    assert set(recipe_names()) == {"quickstart", *RECIPES}
+    assert set(recipe_names()) == {"quickstart", "fashion_mnist", *RECIPES}
     assert "dino_vitb8_in1k_300ep" in refusal(name="dino_vitb8_in1k")
 
 
-@pytest.mark.parametrize("name", ["quickstart", *RECIPES])
+@pytest.mark.parametrize("name", ["quickstart", "fashion_mnist", *RECIPES])
 def test_a_recipe_says_what_it_is_and_loads(name: str) -> None:
     path = recipe_path(name)
     header = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]

@@ -11,12 +11,19 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 from dino_dist.dist import World
 from dino_dist.errors import StopAsked, UserError
 from dino_dist.eval.features import extract
-from dino_dist.eval.knn import KnnAccuracy, knn_accuracy, knn_predict, nearest_neighbors
+from dino_dist.eval.knn import (
+    KnnAccuracy,
+    knn_accuracies,
+    knn_accuracy,
+    knn_predict,
+    knn_predictions,
+    nearest_neighbors,
+)
 
 
 def blobs(images: int, classes: int, seed: int, *, spread: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,6 +51,59 @@ def test_predictions_equal_scikit_learn_in_float64(k: int, temperature: float) -
     np.testing.assert_allclose(np.where(predicted.numpy() < 0, 0.0, voted), order, atol=1e-12)
 
 
+def reference_votes(train: np.ndarray, labels: np.ndarray, test: np.ndarray, k: int, temperature: float) -> list[int]:
+    """scikit-learn's exact neighbours, equal ones by index; the same vote, equal ones by class."""
+    search = NearestNeighbors(n_neighbors=len(train), algorithm="brute", metric="cosine").fit(train)
+    distances, indices = search.kneighbors(test)
+    winners = []
+    for distance, index in zip(distances, indices, strict=True):
+        nearest = np.lexsort((index, distance))[:k]
+        votes: dict[int, float] = {}
+        for place in nearest:
+            label = int(labels[index[place]])
+            votes[label] = votes.get(label, 0.0) + float(np.exp((distance[nearest[0]] - distance[place]) / temperature))
+        winners.append(min(votes, key=lambda label: (-votes[label], label)))
+    return winners
+
+
+def signs(count: int, seed: int) -> torch.Tensor:
+    """Rows of 16 ones and minus ones: lengths and products are exact, and very many are equal."""
+    return torch.randint(0, 2, (count, 16), generator=torch.Generator().manual_seed(seed)).double() * 2 - 1
+
+
+def scattered_labels(count: int, seed: int) -> torch.Tensor:
+    """Five classes, whose numbers lie up to two thousand millions apart."""
+    numbers = torch.tensor([0, 3, 1000, 70_000, 2_000_000_000])
+    return numbers[torch.randint(0, 5, (count,), generator=torch.Generator().manual_seed(seed))]
+
+
+KS, TEMPERATURES = [1, 3, 10, 20, 100, 1000], [0.03, 0.07, 0.5]
+
+
+def test_predictions_equal_scikit_learns_exact_neighbors_where_very_many_are_tied() -> None:
+    train, labels, test = signs(300, 20), scattered_labels(300, 21), signs(70, 22)
+    predicted = knn_predictions(train, labels, test, k=KS, temperatures=TEMPERATURES, test_chunk=33, train_chunk=77)
+    for k in KS:
+        for temperature in TEMPERATURES:
+            expected = reference_votes(train.numpy(), labels.numpy(), test.numpy(), k, temperature)
+            assert predicted[k, temperature][:, 0].tolist() == expected, (k, temperature)
+
+
+def test_all_temperatures_at_once_are_those_one_by_one() -> None:
+    (train, train_labels), (test, test_labels) = blobs(200, 4, 2), blobs(50, 4, 3)
+    args = (train, train_labels, test, test_labels)
+    at_once = knn_accuracies(*args, k=[5, 1], temperatures=[0.5, 0.07, 0.5])
+    assert [(result.k, result.temperature) for result in at_once] == [(5, 0.5), (1, 0.5), (5, 0.07), (1, 0.07)]
+    one_by_one = [knn_accuracy(*args, k=[5, 1], temperature=heat) for heat in (0.5, 0.07)]
+    assert at_once == [results[k] for results in one_by_one for k in (5, 1)]
+
+
+def test_a_hundred_thousand_classes_fit_in_memory() -> None:
+    train = torch.eye(8).repeat(12_500, 1)
+    labels = torch.arange(100_000)
+    assert knn_predict(train, labels, torch.eye(8)[:3], k=[1])[1][:, 0].tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize(("train_chunk", "test_chunk"), [(1, 1), (7, 3), (1000, 1000)])
 def test_chunks_do_not_matter(train_chunk: int, test_chunk: int) -> None:
     train, train_labels = blobs(200, 4, 2)
@@ -65,7 +125,11 @@ def test_ties_go_to_the_lowest_index(train_chunk: int) -> None:
 
 def test_a_tied_vote_goes_to_the_lowest_class() -> None:
     train = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
-    assert knn_predict(train, torch.tensor([4, 2]), train[:1], k=[2])[2].tolist() == [[2, 4, -1, -1, -1]]
+    assert knn_predict(train, torch.tensor([4, 2]), train[:1], k=[2])[2].tolist() == [[2, 4]]
+    three = torch.tensor([4, 2, 9])
+    assert knn_predict(train[[0, 1, 1]] * torch.tensor([[1.0], [1.0], [-1.0]]), three, train[:1], k=[2])[
+        2
+    ].tolist() == [[2, 4, -1]]
 
 
 def test_one_test_image_and_fewer_train_images_than_k() -> None:
@@ -73,7 +137,10 @@ def test_one_test_image_and_fewer_train_images_than_k() -> None:
     result = knn_accuracy(
         train, torch.tensor([0, 1, 1]), torch.tensor([[1.0, 0.1]]), torch.tensor([0]), k=[1, 20], temperature=0.07
     )
-    assert result == {1: KnnAccuracy(k=1, top1=1.0, top5=1.0), 20: KnnAccuracy(k=20, top1=1.0, top5=1.0)}
+    assert result == {
+        1: KnnAccuracy(k=1, temperature=0.07, top1=1.0, top5=1.0),
+        20: KnnAccuracy(k=20, temperature=0.07, top1=1.0, top5=1.0),
+    }
 
 
 def test_a_class_without_a_vote_is_no_hit() -> None:

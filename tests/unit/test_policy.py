@@ -24,12 +24,12 @@ LAYERS = (
     ("dist", "preemption", "requeue", "watchdog"),
     ("config", "data", "eval", "run_folder", "checkpoint_tensors"),
     ("config_checks", "augment_presets", "inputs", "weights"),
-    ("config_file", "schedules", "ledger", "metrics", "parallelize", "evaluate"),
-    ("optim", "checkpoint", "run_session"),
+    ("config_file", "schedules", "ledger", "metrics", "parallelize", "export", "pictures"),
+    ("optim", "checkpoint", "run_session", "judging", "report"),
     ("student_teacher",),
     ("step",),
-    ("build", "views", "monitor"),
-    ("run", "judge"),
+    ("build", "views", "monitor", "init_from"),
+    ("run",),
     ("agreement",),
     ("resume",),
     ("stopping",),
@@ -48,18 +48,21 @@ LAYERS = (
     ),
     (
         *("launch.quickstart", "launch.aftermath", "launch.plan", "launch.cluster_file", "launch.cluster_rules"),
-        *("launch.status", "launch.logs", "launch.cancel", "launch.data_doctor"),
+        *("launch.status", "launch.logs", "launch.cancel", "launch.data_doctor", "launch.judging"),
     ),
     ("launch.preflight", "launch.task"),
     ("launch.batch_job", "launch.doctor"),
     ("launch.submit",),
-    ("launch.cli_cluster", "launch.cli_eval", "launch.cli_export", "launch.cli_pictures"),
+    (
+        *("launch.cli_cluster", "launch.cli_eval", "launch.cli_export", "launch.cli_pictures"),
+        *("launch.cli_report", "launch.cli_retrieval"),
+    ),
     ("launch.cli",),
 )
 """Rooms from bottom to top: an import goes to a lower layer. Those of `ROOMS_OF_FILES` are several files each."""
 
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-ROOMS_OF_FILES = ("data", "eval", "models", "weights")
+ROOMS_OF_FILES = ("data", "eval", "export", "judging", "models", "pictures", "report", "weights")
 
 DATA_LAYERS = (("recent", "stores", "crops"), ("shards",), ("reading", "order"), ("loading",), ("prepare",))
 """Rooms within `data`, from bottom to top."""
@@ -67,10 +70,18 @@ DATA_LAYERS = (("recent", "stores", "crops"), ("shards",), ("reading", "order"),
 KNOW_NOTHING_OF_EACH_OTHER = ("losses", "centering", "schedules", "data", "models")
 
 MAX_LINES = 400
-SECTION_ALIASES = {("dino_dist/optim.py", "section"): "optim", ("dino_dist/evaluate.py", "section"): "eval"}
+SECTION_ALIASES = {
+    ("dino_dist/optim.py", "section"): "optim",
+    ("dino_dist/judging/evaluator.py", "section"): "eval",
+    ("dino_dist/judging/judge.py", "section"): "eval",
+    ("dino_dist/judging/linear_probe.py", "section"): "eval",
+}
 """Functions that take a whole section under another name than its own."""
 
 ENVIRONMENT_READERS = ("dino_dist/dist.py", "launch/")
+
+TORCH_FILES = {"torch.load": "dino_dist/weights/torch_file.py", "torch.save": "dino_dist/export/dino_checkpoint.py"}
+"""Where the published checkpoints' format, a pickle, is read (by torch's restricted reader) and written."""
 
 PRIVATE_OF_TORCH = {"_foreach_norm", "_foreach_add", "_foreach_add_", "_foreach_mul", "_foreach_mul_", "_foreach_sub"}
 """Documented in use by torch's own optimizers, and the only way to a few kernels for hundreds of tensors."""
@@ -244,6 +255,8 @@ def broken_rules(path: Path) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.Import | ast.ImportFrom):
             yield from _risky_import(node, is_tool=is_tool)
         elif isinstance(node, ast.Attribute):
+            if ast.unparse(node) in TORCH_FILES and TORCH_FILES[ast.unparse(node)] != relative(path):
+                yield node.lineno, f"{ast.unparse(node)} pickles"
             yield from _risky_name(node, is_tool=is_tool, reads_environment=reads_environment)
         elif isinstance(node, ast.Global):
             yield node.lineno, "global state"
@@ -257,8 +270,6 @@ def _risky_name(node: ast.Attribute, *, is_tool: bool, reads_environment: bool) 
         return  # something of a call's result, not a dotted name
     if name in ("os.environ", "os.getenv", "os.putenv") and not reads_environment:
         yield node.lineno, f"{name} outside {ENVIRONMENT_READERS}: the world is an argument"
-    if name in ("torch.load", "torch.save"):
-        yield node.lineno, f"{name} pickles"
     private = {part for part in name.split(".") if part.startswith("_") and not part.startswith("__")}
     if name.startswith("torch.") and not is_tool and private - PRIVATE_OF_TORCH:
         yield node.lineno, f"{name} is private to torch"
@@ -294,6 +305,14 @@ def test_nothing_happens_at_import(path: Path) -> None:
         branch = isinstance(node, ast.If) and ast.unparse(node.test) in ("__name__ == '__main__'", "TYPE_CHECKING")
         commands = relative(path) == "launch/cli.py" and "add_typer" in ast.unparse(node)
         assert isinstance(node, allowed) or docstring or branch or commands, f"{relative(path)}:{node.lineno}"
+
+
+def test_files_of_torch_are_never_unpickled_freely() -> None:
+    nodes = list(ast.walk(tree(ROOT / TORCH_FILES["torch.load"])))
+    calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"]
+    mentions = [node for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load"]
+    assert len(calls) == len(mentions) == 1, "called once, and under no other name"
+    assert "weights_only=True" in [ast.unparse(keyword) for keyword in calls[0].keywords]
 
 
 def test_continuous_integration_runs_what_the_readme_promises() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,8 @@ from dino_dist.data.shards.shard_list import list_shards
 from dino_dist.data.shards.tar_members import printable
 from dino_dist.errors import UserError
 
-_LIST_SUFFIXES = (".txt", ".tsv")
+LIST_SUFFIXES = (".txt", ".tsv")
+"""Of text files that list images."""
 
 
 class Source(NamedTuple):
@@ -49,7 +51,7 @@ def find_sources(src: str) -> SourceSet:
     classes: tuple[str, ...] = ()
     if path.is_dir() and not any(entry.suffix == ".tar" for entry in path.iterdir()):
         sources, classes = _from_folder(path)
-    elif path.suffix in _LIST_SUFFIXES:
+    elif path.suffix in LIST_SUFFIXES:
         sources = _from_list(path)
     else:
         sources = [source for shard in list_shards(src) for source in _from_tar(shard)]
@@ -57,6 +59,11 @@ def find_sources(src: str) -> SourceSet:
         suffixes = ", ".join(sorted(suffix.decode() for suffix in IMAGE_SUFFIXES))
         raise UserError(f"{src} holds no images; files must end in one of {suffixes}")
     return SourceSet(sources=tuple(sources), classes=classes, fingerprint=_fingerprint(sources))
+
+
+def holds_images(folder: Path) -> bool:
+    """Whether there is an image file somewhere below a folder; looks no further than the first."""
+    return next(_walk_images(folder), None) is not None
 
 
 def _from_folder(root: Path) -> tuple[list[Source], tuple[str, ...]]:
@@ -82,8 +89,11 @@ def _from_folder(root: Path) -> tuple[list[Source], tuple[str, ...]]:
 
 def _images_below(root: Path) -> list[Path]:
     """Image files below a folder; links to folders are followed (many data sets are farms of links), loops are not."""
+    return list(_walk_images(root))
+
+
+def _walk_images(root: Path) -> Iterator[Path]:
     seen: set[str] = set()
-    files: list[Path] = []
     for folder, subfolders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
@@ -91,8 +101,7 @@ def _images_below(root: Path) -> list[Path]:
             continue
         seen.add(real)
         subfolders.sort()
-        files += [Path(folder, name) for name in names if _is_image_name(name)]
-    return files
+        yield from (Path(folder, name) for name in names if _is_image_name(name))
 
 
 def _is_image_name(name: str) -> bool:

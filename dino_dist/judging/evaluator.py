@@ -1,4 +1,4 @@
-"""k-NN of a network on labelled shards: reading, the view of evaluation, features on all ranks, the vote."""
+"""Features of labelled images: reading, the view of evaluation or random crops, the network, all ranks; and k-NN."""
 
 from __future__ import annotations
 
@@ -12,20 +12,25 @@ import torch
 from torch import Tensor
 
 from dino_dist.config import Config
-from dino_dist.data.crops.augment import resize_for_eval
+from dino_dist.data.crops.augment import MultiCropRenderer, resize_for_eval
 from dino_dist.data.loading.batch import Batch
-from dino_dist.data.loading.loader import make_loader, read_batch
+from dino_dist.data.loading.loader import Describe, make_loader, read_batch
 from dino_dist.data.order.order import Order
-from dino_dist.data.reading.stream import SampleReader
+from dino_dist.data.reading.stream import BadRecord, SampleReader
 from dino_dist.dist import World
 from dino_dist.errors import StopAsked
-from dino_dist.eval.features import LabelledFeatures, extract, go_on
+from dino_dist.eval.features import LabelledFeatures, extract
 from dino_dist.eval.knn import KnnAccuracy, knn_accuracy
-from dino_dist.inputs import labelled_set, sample_reader
+from dino_dist.inputs import labelled_sets, sample_reader
+from dino_dist.judging.classifier_crops import RandomCrops
 from dino_dist.models.dino import DinoNetwork
 from dino_dist.models.vit import VisionTransformer
+from dino_dist.polling import StopWord, go_on
 
 Forward = Callable[[Tensor], Tensor]
+Tell = Callable[[str, int, int], None]
+"""What is being done, how much of it is done, of how much."""
+SPLITS = ("train", "test")
 Autocast = Callable[[], AbstractContextManager[None]]
 
 
@@ -44,13 +49,28 @@ def raw_pixels(images: Tensor) -> Tensor:
     return images.flatten(1)
 
 
-class Evaluator:
-    """Labelled train and test shards of a config, opened once, evaluated as often as asked."""
+def tell_nobody(what: str, done: int, total: int) -> None:
+    """For callers that show no progress."""
 
-    def __init__(self, config: Config, world: World, index_dir: Path, stop_word: Callable[[], int] = go_on) -> None:
+
+class Evaluator:
+    """Labelled train and test images of a config, opened once, evaluated as often as asked.
+
+    An image that cannot be decoded is left out, and counted: a stand-in would be judged by a label of its own.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        index_dir: Path,
+        stop_word: StopWord = go_on,
+        tell: Tell = tell_nobody,
+    ) -> None:
         """`UserError` if `data.eval_train` and `data.eval_test` are not both given and readable.
 
         `stop_word`: asked before each batch; once it is not 0 on a rank, `StopAsked` ends the evaluation on all.
+        `tell`: of how many images this rank and, as far as it knows, the others have read.
         """
         train, test = config.data.eval_train, config.data.eval_test
         assert train is not None, "checked with the config"
@@ -58,12 +78,28 @@ class Evaluator:
         self._config = config
         self._world = world
         self._stop_word = stop_word
+        self._tell = tell
+        datasets = world.first(partial(labelled_sets, [train, test], config.data, index_dir, self._stop_if_asked))
         # For good: a reader holds open files, which are not to be opened again at each evaluation.
         self._readers = {
-            split: sample_reader(
-                world.first(partial(labelled_set, spec, config.data, index_dir, self._stop_if_asked)), config.data
-            )
-            for split, spec in (("train", train), ("test", test))
+            split: sample_reader(dataset, config.data) for split, dataset in zip(SPLITS, datasets, strict=True)
+        }
+        self._bad: dict[str, dict[int, BadRecord]] = {split: {} for split in SPLITS}
+
+    def labels(self, split: str) -> Tensor:
+        """The label of every image of a split (`train` or `test`) by id, int64 [N]; negative where there is none."""
+        return torch.from_numpy(self._readers[split].dataset.labels())
+
+    def dataset_hash(self, split: str) -> str:
+        """Tells a split from any other."""
+        return self._readers[split].dataset.hash
+
+    def bad(self) -> dict[str, list[BadRecord]]:
+        """The images of each split that were found undecodable so far, by id, on all ranks; a collective."""
+        found = self._world.gather(self._bad)
+        return {
+            split: [record for _, record in sorted({k: v for rank in found for k, v in rank[split].items()}.items())]
+            for split in SPLITS
         }
 
     def knn(self, forward: Forward) -> tuple[dict[int, KnnAccuracy], LabelledFeatures]:
@@ -81,9 +117,17 @@ class Evaluator:
         )
         return accuracies, test
 
-    def features(self, forward: Forward, split: str) -> LabelledFeatures:
-        """Features of one split (`train` or `test`), ordered by sample id; a collective."""
-        return extract(forward, self._batches(self._readers[split]), self._world, self._stop_word)
+    def features(self, forward: Forward, split: str, views: RandomCrops | None = None) -> LabelledFeatures:
+        """Features of one split (`train` or `test`), ordered by sample id; a collective.
+
+        `views`: of random crops instead of the center crop.
+        """
+        view = self._centered
+        if views is not None:
+            dtype = _image_dtype(self._config)
+            view = partial(_cropped, views.renderer(self._config.data, self._world.device, dtype))
+        batches = self._batches(split, view, views)
+        return extract(forward, batches, self._world, self._stop_word)
 
     def _stop_if_asked(self) -> None:
         if self._stop_word():
@@ -93,7 +137,22 @@ class Evaluator:
         """Some test images as evaluation sees them: normalised [n, 3, C, C] on the device."""
         return fixed_images(self._readers["test"], sample_ids, self._config, self._world.device)
 
-    def _batches(self, reader: SampleReader) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _batches(
+        self, split: str, view: Callable[[Batch], Tensor], describe: Describe | None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The good images of this rank's part, with labels and ids."""
+        total, seen = self._readers[split].dataset.num_samples, 0
+        for batch in self._read(self._readers[split], describe):
+            bad = {record.sample_id: record for record in batch.bad}
+            self._bad[split] |= bad
+            seen += batch.num_images
+            good = torch.tensor([sample_id not in bad for sample_id in batch.sample_ids.tolist()], dtype=torch.bool)
+            if bool(good.any()):
+                yield view(batch)[good.to(batch.pixels.device)], batch.labels[good], batch.sample_ids[good]
+            self._tell(f"features of {split}", min(total, seen * self._world.size), total)
+        self._tell(f"features of {split}", total, total)
+
+    def _read(self, reader: SampleReader, describe: Describe | None) -> Iterator[Batch]:
         """This rank's part: whole batches through the loader's workers, then its share of the rest."""
         config, world, dataset = self._config, self._world, reader.dataset
         order = Order(shard_counts=dataset.shard_counts, seed=0, shards_per_block=1)
@@ -111,18 +170,19 @@ class Evaluator:
                 num_workers=config.data.num_workers,
                 buffer_bytes=config.data.buffer_mib * 2**20,
                 device=world.device,
+                describe=describe,
             )
             for (batch,) in loader:
-                yield self._prepared(batch)
+                yield batch
         else:
             full_steps = 0
         rest = range(full_steps * batch_size, dataset.num_samples)[world.rank :: world.size]
         for position in rest:
-            yield self._prepared(read_batch(reader, order.ids(position, position + 1), device=world.device))
+            yield read_batch(reader, order.ids(position, position + 1), describe=describe, device=world.device)
 
-    def _prepared(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def _centered(self, batch: Batch) -> Tensor:
         section, data = self._config.eval, self._config.data
-        images = resize_for_eval(
+        return resize_for_eval(
             batch.pixels,
             batch.sizes,
             resize_px=section.resize_px,
@@ -131,7 +191,6 @@ class Evaluator:
             std=data.std,
             dtype=_image_dtype(self._config),
         )
-        return images, batch.labels, batch.sample_ids
 
 
 def fixed_images(reader: SampleReader, sample_ids: list[int], config: Config, device: torch.device) -> Tensor:
@@ -148,6 +207,11 @@ def fixed_images(reader: SampleReader, sample_ids: list[int], config: Config, de
         std=config.data.std,
         dtype=_image_dtype(config),
     )
+
+
+def _cropped(renderer: MultiCropRenderer, batch: Batch) -> Tensor:
+    (images,), _ = renderer(batch.pixels, batch.sizes, batch.extra["crops"])
+    return images
 
 
 def _image_dtype(config: Config) -> torch.dtype:

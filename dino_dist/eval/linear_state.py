@@ -1,0 +1,70 @@
+"""Where a sweep of linear classifiers stands, one small safetensors file a group: what a killed sweep goes on from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dino_dist.errors import UserError
+from dino_dist.eval.linear import Group
+
+
+def state_path(folder: Path, group: Group) -> Path:
+    """The file of a group."""
+    return folder / f"linear-{group.columns.name}.safetensors"
+
+
+def save_group(folder: Path, group: Group, fingerprint: str) -> None:
+    """Write the group's state; it appears whole or not at all. `fingerprint`: all that the result depends on.
+
+    `UserError` if nothing can be written there.
+    """
+    path = state_path(folder, group)
+    temporary = path.with_name(f"{path.name}.part")
+    metadata = {"fingerprint": fingerprint, "epochs_done": str(group.epochs_done)}
+    with _writable(folder):
+        save_file({name: tensor.cpu() for name, tensor in group.tensors.items()}, temporary, metadata=metadata)
+        os.replace(temporary, path)
+
+
+def load_group(folder: Path, group: Group, fingerprint: str) -> bool:
+    """Fill the group from its file, if there is one with this fingerprint; whether there was."""
+    path = state_path(folder, group)
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("fingerprint") != fingerprint:
+                return False
+            for name, tensor in group.tensors.items():
+                tensor.copy_(file.get_tensor(name))
+            group.epochs_done = int(metadata["epochs_done"])
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} is no state of a sweep ({' '.join(str(error).split())}): delete it") from error
+    return True
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder of the states; `UserError` if that, or a file in it, cannot be made."""
+    probe = folder / ".writable"
+    with _writable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(
+            f"--out {folder}: cannot write there ({reason}): choose a folder that you may write to"
+        ) from error

@@ -1,0 +1,1 @@
+"""Looking at a network: where it attends, what its patches hold, which images it finds alike."""

@@ -1,0 +1,186 @@
+"""Two ranks judge as one: the same neighbours, the same classifiers to the last bit, of shards and of folders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import load_file
+from sklearn.neighbors import NearestNeighbors
+
+from dino_dist.config_file import load_config
+from dino_dist.dist import World
+from dino_dist.eval.knn import knn_accuracies
+from dino_dist.judging.judge import judge_knn, judge_logreg, labelled_judge
+from dino_dist.judging.judged_network import JudgedNetwork
+from dino_dist.judging.linear_probe import judge_linear
+from dino_dist.models.vit import VisionTransformer, ViTShape
+from dino_dist.weights.network_weights import NetworkWeights, build_backbone
+
+pytestmark = pytest.mark.distributed
+
+SHAPE = ViTShape(embed_dim=16, depth=3, num_heads=2, patch_size=4, image_px=16, init_std=0.2)
+
+
+def random_network() -> NetworkWeights:
+    """A small network whose weights are the same wherever this is called."""
+    torch.manual_seed(5)
+    state = VisionTransformer(SHAPE, "sdpa").state_dict()
+    return NetworkWeights(source="random", layout="run", network="teacher", step=7, shape=SHAPE, backbone=state)
+
+
+def image_folder(folder: Path, counts: dict[str, int], seed: int, bad: tuple[str, ...] = ()) -> Path:
+    """Sub-folders of PNGs of several sizes, brighter from class to class; those named in `bad` are no images."""
+    generator = np.random.default_rng(seed)
+    for number, (name, count) in enumerate(counts.items()):
+        (folder / name).mkdir(parents=True)
+        for image in range(count):
+            size = generator.integers(1, 30, 2)
+            pixels = generator.integers(0, 80, (*size, 3)) + 50 * number
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{image:03d}.png")
+    for name in bad:
+        (folder / name).write_bytes(b"no image")
+    return folder
+
+
+def judged(world: World, train: str, test: str, index_dir: str, *more: str) -> JudgedNetwork:
+    """The random network and settings for small images."""
+    settings = ["data.train=unused", "model.patch_size=4", "eval.resize_px=16", "eval.crop_px=16", "eval.batch_size=5"]
+    config = load_config(
+        None, [*settings, "data.num_workers=0", f"data.eval_train={train}", f"data.eval_test={test}", *more]
+    )
+    weights = random_network()
+    backbone = build_backbone(weights, world.device, "sdpa")
+    return JudgedNetwork(backbone=backbone, weights=weights, config=config, world=world, index_dir=Path(index_dir))
+
+
+def judge_all(world: World, train: str, test: str, index_dir: str, state: str) -> list[dict[str, Any]]:
+    """All three kinds."""
+    more = [
+        "eval.knn_k=[1,5]",
+        "eval.knn_temperatures=[0.5]",
+        "eval.linear_blocks=[1,2]",
+        "eval.linear_epochs=4",
+        "eval.linear_batch_size=8",
+        "eval.linear_lr=[0.01,0.1]",
+        "eval.logreg_C=[0.1,1.0,10.0]",
+    ]
+    judge = labelled_judge(judged(world, train, test, index_dir, *more))
+    return [judge_knn(judge), judge_linear(judge, Path(state)), judge_logreg(judge)]
+
+
+COUNTS = {"ant": 19, "bee": 13, "cat": 9}
+
+
+def test_two_ranks_judge_folders_of_images_as_one(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    train = image_folder(tmp_path / "train", COUNTS, 0, bad=("bee/004.png", "cat/000.png"))
+    test = image_folder(tmp_path / "test", {"bee": 6, "cat": 4, "dog": 2}, 1, bad=("bee/000.png",))
+    arguments = (str(train), str(test), str(tmp_path / "index"))
+    alone = judge_all(World(), *arguments, str(tmp_path / "one"))
+    for result in alone:
+        assert result["classes"] == 3
+        assert (result["train_images"], result["test_images"], result["bad_images"]) == (39, 11, 3)
+        assert [line.split(": ")[0] for line in result["first_bad_images"]] == [
+            str(train / "bee/004.png"),
+            str(train / "cat/000.png"),
+            str(test / "bee/000.png"),
+        ]
+    assert len(alone[1]["results"]) == 8
+    for answer in ranks(2, judge_all, *arguments, str(tmp_path / "two")):
+        assert answer == alone
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+def killed_sweep(world: World, train: str, index_dir: str, state: str, at: int) -> None:
+    """A sweep that ends without a word after `at` epochs."""
+
+    def tell(what: str, done: int, total: int) -> None:
+        if what.startswith("epochs") and done == at:
+            raise Killed
+
+    try:
+        judge_linear(labelled_judge(sweep_network(world, train, index_dir), tell), Path(state), save_every_s=0.0)
+    except Killed:
+        return
+    raise AssertionError("it was to be killed")
+
+
+def sweep(world: World, train: str, index_dir: str, state: str) -> tuple[dict[str, Any], list[int]]:
+    """The result of a whole sweep, and the epochs that it told of."""
+    told = []
+    judge = labelled_judge(
+        sweep_network(world, train, index_dir),
+        lambda what, done, total: told.append(done) if what.startswith("epochs") else None,
+    )
+    return judge_linear(judge, Path(state), save_every_s=0.0), told
+
+
+def sweep_network(world: World, train: str, index_dir: str) -> JudgedNetwork:
+    more = ["eval.linear_epochs=5", "eval.linear_batch_size=8", "eval.linear_blocks=[1,3]", "eval.linear_augment=true"]
+    return judged(world, train, train, index_dir, *more)
+
+
+def test_a_killed_sweep_goes_on_from_its_state_on_another_number_of_ranks(
+    ranks: Callable[..., list[Any]], tmp_path: Path
+) -> None:
+    train, index = str(image_folder(tmp_path / "train", COUNTS, 0)), str(tmp_path / "index")
+    whole, told = sweep(World(), train, index, str(tmp_path / "whole"))
+    assert told == [1, 2, 3, 4, 5]
+    state = str(tmp_path / "state")
+    ranks(2, killed_sweep, train, index, state, 3)
+    resumed, told = sweep(World(), train, index, state)
+    assert told == [3, 4, 5], "epochs 1 to 3 are not trained again"
+    assert resumed == whole
+    for name in sorted(path.name for path in (tmp_path / "whole").iterdir()):
+        ours, theirs = load_file(tmp_path / "state" / name), load_file(tmp_path / "whole" / name)
+        assert {key: array.tobytes() for key, array in ours.items()} == {
+            key: array.tobytes() for key, array in theirs.items()
+        }
+    again, told = sweep(World(), train, index, state)
+    assert again == whole
+    assert told == [5]
+
+
+def signs(count: int, seed: int) -> torch.Tensor:
+    """Rows of 16 ones and minus ones: lengths and products are exact, and very many are equal."""
+    return torch.randint(0, 2, (count, 16), generator=torch.Generator().manual_seed(seed)).double() * 2 - 1
+
+
+def knn_share(world: World) -> list[tuple[int, float, float]]:
+    train, test = signs(200, 1), signs(51, 2)
+    labels = partial(torch.randint, 0, 4)
+    train_labels, test_labels = labels((200,), generator=torch.Generator().manual_seed(3)), torch.zeros(51).long()
+    results = knn_accuracies(
+        train, train_labels, test, test_labels, k=[1, 10, 20], temperatures=[0.07, 0.2], world=world
+    )
+    return [(result.k, result.temperature, result.top1) for result in results]
+
+
+def test_two_ranks_find_scikit_learns_neighbors(ranks: Callable[..., list[Any]]) -> None:
+    train, test = signs(200, 1).numpy(), signs(51, 2).numpy()
+    labels = torch.randint(0, 4, (200,), generator=torch.Generator().manual_seed(3)).numpy()
+    distances, indices = (
+        NearestNeighbors(n_neighbors=200, algorithm="brute", metric="cosine").fit(train).kneighbors(test)
+    )
+    expected = []
+    for temperature in (0.07, 0.2):
+        for k in (1, 10, 20):
+            hits = 0
+            for distance, index in zip(distances, indices, strict=True):
+                nearest = np.lexsort((index, distance))[:k]
+                votes = np.zeros(4)
+                for place in nearest:
+                    votes[labels[index[place]]] += np.exp(-distance[place] / temperature)
+                hits += int(votes.argmax() == 0)
+            expected.append((k, temperature, hits / 51))
+    assert ranks(2, knn_share) == [expected, expected]
+    assert knn_share(World()) == expected
