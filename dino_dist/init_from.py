@@ -20,7 +20,6 @@ from dino_dist.weights.fit import Fit, fit
 from dino_dist.weights.network_weights import NetworkWeights
 from dino_dist.weights.opened import ROLES
 from dino_dist.weights.read_network import open_weights
-from dino_dist.weights.shapes import HEAD_DIM
 from dino_dist.weights.weights_file import ReadOptions
 
 _KEY = "model.init_from"
@@ -37,10 +36,15 @@ class _Start:
 def check_source(config: Config, folder: RunFolder) -> None:
     """Before the data are read: `UserError` if a run that begins now has nothing to start from."""
     source = config.model.init_from
-    if source is not None and not committed(folder.checkpoints) and not Path(source).exists():
+    if source is None or committed(folder.checkpoints):
+        return
+    try:
+        Path(source).stat()
+    except (OSError, ValueError) as error:
+        why = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
         raise UserError(
-            f"{_KEY}={source} does not exist: give a run folder, one of its checkpoints, or a file of weights"
-        )
+            f"{_KEY}={source} {why}: give a run folder, one of its checkpoints, or a file of weights"
+        ) from None
 
 
 def start_from(config: Config, step: DinoStep, world: World) -> list[str]:
@@ -80,11 +84,8 @@ def _fill(target: Tensor, full: Tensor | None, world: World) -> None:
 
 def _read_start(config: Config, step: DinoStep, shapes: dict[str, torch.Size]) -> _Start:
     model, shape = config.model, step.networks.student.backbone.shape
-    options = ReadOptions(
-        # A width that tells the number of heads must agree with this run; for others the run's is as good as any.
-        num_heads=shape.num_heads if shape.embed_dim % HEAD_DIM else None,
-        strict=model.init_from_strict,
-    )
+    # A width that tells the number of heads must agree with this run; for others the run's is as good as any.
+    options = ReadOptions(assumed_heads=shape.num_heads, strict=model.init_from_strict)
     opened = open_weights(str(model.init_from), options)
     read = {name: opened.read(name) for name in opened.networks}
     lines = [f"{_KEY}={opened.source}: {', '.join(read)}"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from launch.judging import Checkpoint, Network, NumRanks, progress, start_ranks
+from launch.judging import Checkpoint, Network, NumRanks, judging, start_ranks
 from launch.results import AsJson, Overrides, print_result
 
 if TYPE_CHECKING:
@@ -100,20 +100,12 @@ def _judge(
     """Be one of the ranks, after starting them if that is asked for; rank 0 prints what all have found."""
     settings = [*(overrides or []), "--network", network, *(more or []), *["--json"] * as_json]
     start_ranks(["eval", command, str(checkpoint), *settings], nproc)
-    import torch
-
-    from dino_dist.dist import ProcessEnvironment
     from dino_dist.judging.judge import labelled_judge
-    from dino_dist.judging.judged_network import judged_network
 
-    environment = ProcessEnvironment.read()
-    with judged_network(checkpoint, overrides or [], role=network, environment=environment) as judged:
-        # As in training. More only help one rank alone, and cost dearly where the cores are shared.
-        torch.set_num_threads(judged.config.parallel.threads_per_rank)
-        with progress(shown=judged.world.is_first) as tell:
-            result = judged.described() | judge(labelled_judge(judged, tell))
-        if judged.world.is_first:
-            _print(result, as_json)
+    with judging(checkpoint, overrides, network) as (judged, tell):
+        result = judged.described() | judge(labelled_judge(judged, tell))
+    if judged.world.is_first:
+        _print(result, as_json)
 
 
 def _print(result: dict[str, Any], as_json: bool) -> None:

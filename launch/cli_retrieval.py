@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dino_dist.errors import UserError
-from launch.judging import Checkpoint, Network, NumRanks, progress, start_ranks
+from launch.judging import Checkpoint, Network, NumRanks, judging, start_ranks
 from launch.results import AsJson, Overrides, print_result
 
 if TYPE_CHECKING:
@@ -152,15 +152,10 @@ def _judge(
     """Be one of the ranks, after starting them if that is asked for; rank 0 prints what all have found."""
     settings = [*(overrides or []), *_as_arguments({"--network": network, "--json": as_json} | dict(options))]
     start_ranks(["eval", command[0], str(checkpoint), *command[1:], *settings], nproc)
-    from dino_dist.dist import ProcessEnvironment
-    from dino_dist.judging.judged_network import judged_network
-
-    environment = ProcessEnvironment.read()
-    with judged_network(checkpoint, overrides or [], role=network, environment=environment) as judged:
-        with progress(shown=judged.world.is_first) as tell:
-            result = judged.described() | judge(judged, tell)
-        if judged.world.is_first:
-            print_result(result if as_json else _for_people(result), as_json)
+    with judging(checkpoint, overrides, network) as (judged, tell):
+        result = judged.described() | judge(judged, tell)
+    if judged.world.is_first:
+        print_result(result if as_json else _for_people(result), as_json)
 
 
 def _for_people(result: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from dino_dist.errors import UserError
 
 if TYPE_CHECKING:
     from dino_dist.judging.evaluator import Tell
+    from dino_dist.judging.judged_network import JudgedNetwork
 
 Checkpoint = Annotated[
     Path,
@@ -39,6 +40,22 @@ def start_ranks(arguments: Sequence[str], nproc: int) -> None:
     from launch.local import run_ranks
 
     raise typer.Exit(run_ranks([sys.executable, "-m", "launch.cli", *arguments], nproc))
+
+
+@contextmanager
+def judging(checkpoint: Path, overrides: Sequence[str] | None, network: str) -> Iterator[tuple[JudgedNetwork, Tell]]:
+    """Be one of the ranks: the network on this rank, and what shows how far the first is."""
+    import torch
+
+    from dino_dist.dist import ProcessEnvironment
+    from dino_dist.judging.judged_network import judged_network
+
+    environment = ProcessEnvironment.read()
+    with judged_network(checkpoint, overrides or [], role=network, environment=environment) as judged:
+        # As in training. More only help one rank alone, and cost dearly where the cores are shared.
+        torch.set_num_threads(judged.config.parallel.threads_per_rank)
+        with progress(shown=judged.world.is_first) as tell:
+            yield judged, tell
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import time
@@ -89,7 +90,7 @@ def _progress_of(folder: RunFolder) -> Progress:
     speed = _images_per_s(rows)
     left_s = None
     if config is not None and total_steps is not None and speed is not None:
-        left_s = max(0, total_steps - step) * config.train.batch_size / speed
+        left_s = _number(max(0, total_steps - step) * config.train.batch_size / speed)
     return Progress(
         state=_state(folder, attempts, ledger, total_steps),
         step=step,
@@ -152,9 +153,10 @@ def _config(folder: RunFolder, notes: list[str]) -> Config | None:
 def _dataset_size(rows: Sequence[Mapping[str, Any]], config: Config | None) -> int | None:
     """Images of the training set, before there is a checkpoint that says it."""
     for row in reversed(rows):
-        images_seen, epoch = row.get("images_seen"), row.get("epoch")
-        if isinstance(images_seen, int) and isinstance(epoch, int | float) and epoch > 0:
-            return round(images_seen / epoch)
+        images_seen, epoch = _number(row.get("images_seen")), _number(row.get("epoch"))
+        size = _number(images_seen / epoch) if images_seen and epoch else None
+        if size is not None and size > 0:
+            return round(size)
     return None if config is None else _indexed_samples(config.data.train)
 
 
@@ -195,15 +197,24 @@ def _step(row: Mapping[str, Any]) -> int:
 
 
 def _newest(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    found = (row[key] for row in reversed(rows) if isinstance(row.get(key), int | float))
-    return next((float(value) for value in found), None)
+    found = (_number(row.get(key)) for row in reversed(rows))
+    return next((value for value in found if value is not None), None)
+
+
+def _number(value: object) -> float | None:
+    """A finite number; None for anything else that a damaged file may hold."""
+    try:
+        number = float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _images_per_s(rows: Sequence[Mapping[str, Any]]) -> float | None:
     """Harmonic, since the rows are of equal numbers of images and not of equal times."""
-    speeds = [row["images_per_s"] for row in rows if isinstance(row.get("images_per_s"), int | float)]
-    recent = [float(speed) for speed in speeds[-_SPEED_ROWS:] if speed > 0]
-    return statistics.harmonic_mean(recent) if recent else None
+    speeds = [speed for row in rows if (speed := _number(row.get("images_per_s"))) is not None]
+    recent = [speed for speed in speeds[-_SPEED_ROWS:] if speed > 0]
+    return statistics.harmonic_mean(recent) or None if recent else None  # it may be too small to be told from 0
 
 
 def _state(folder: RunFolder, attempts: int, ledger: Sequence[Mapping[str, Any]], total_steps: int | None) -> str:

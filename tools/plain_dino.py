@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -283,11 +284,15 @@ def main(
 ) -> None:
     """Train plain DINO on labelled shards and print the teacher's k-NN accuracy over images seen."""
     torch.set_num_threads(1)
-    config = load_config(recipe, overrides or [])
-    if config.data.eval_train is None:
-        raise UserError("plain DINO is judged by k-NN: give data.eval_train=PATH data.eval_test=PATH")
     say: Callable[[str], None] = (lambda line: None) if as_json else print
-    result = train_plain(config, Path(config.run.dir) / "index", every=every, say=say)
+    try:
+        config = load_config(recipe, overrides or [])
+        if config.data.eval_train is None:
+            raise UserError("plain DINO is judged by k-NN: give data.eval_train=PATH data.eval_test=PATH")
+        result = train_plain(config, Path(config.run.dir) / "index", every=every, say=say)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from error
     if as_json:
         print(json.dumps({"knn_top1": result.knn_top1, "images_per_s": result.images_per_s}))
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from dino_dist.errors import UserError
-from dino_dist.eval.retrieval import average_precision, rank_gallery, unit_rows
+from dino_dist.eval.knn import unit_rows
+from dino_dist.eval.retrieval import average_precision, rank_gallery
 from dino_dist.models.vit import VisionTransformer
 
 GEM_POWER = 4.0

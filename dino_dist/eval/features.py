@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dino_dist.dist import World
-from dino_dist.errors import StopAsked
+from dino_dist.errors import SaidByRankZero, StopAsked, UserError
 from dino_dist.polling import StopWord, go_on
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -37,19 +37,24 @@ def extract(
     Ranks may hold different numbers of batches, none included: the forward of a sharded model is a collective, so a
     rank that has run out takes part with one blank image and drops the result. Features are fp32 on `world.device`,
     fp64 if the model's are. `ValueError` if there is no image at all or an id comes twice; `StopAsked` on all ranks as
-    soon as `stop_word` is not 0 on one.
+    soon as `stop_word` is not 0 on one; a `UserError` of one rank's batches becomes one of all, said by rank 0.
     """
     features: list[Tensor] = []
     labels: list[Tensor] = []
     ids: list[Tensor] = []
     rows = iter(batches)
     while True:
-        batch = next(rows, None)
+        batch, problem = None, ""
+        try:
+            batch = next(rows, None)
+        except UserError as error:
+            problem = str(error)
         shape = None if batch is None else (tuple(batch[0].shape[1:]), batch[0].dtype)
-        said = world.gather((shape, stop_word()))
-        if any(word for _, word in said):
-            raise StopAsked(max(word for _, word in said))
-        shapes = [shape for shape, _ in said]
+        shapes, words, problems = zip(*world.gather((shape, stop_word(), problem)), strict=True)
+        if any(words):
+            raise StopAsked(max(words))
+        if any(problems):
+            raise (UserError if world.is_first else SaidByRankZero)(next(filter(None, problems)))
         blank = next((shape for shape in shapes if shape is not None), None)
         if blank is None:
             break

@@ -155,6 +155,7 @@ def knn_accuracies(
     world = world or World()
     check_labels(train_labels, "train")
     check_labels(test_labels, "test", one_class_is_fine=True)
+    check_finite(test_features, "test")  # all of them on all ranks, which would else not fail alike
     settings = [(wanted, heat) for heat in dict.fromkeys(temperatures) for wanted in dict.fromkeys(k)]
     mine = slice(world.rank, None, world.size)
     labels_M = test_labels.to(train_features.device)[mine]
@@ -225,13 +226,18 @@ def check_labels(labels: Tensor, which: str, *, one_class_is_fine: bool = False)
 
 
 def unit_rows(features: Tensor, which: str) -> Tensor:
-    """Rows scaled to length 1, fp32 at least; `UserError` if any is not finite."""
-    if features.dtype not in (torch.float32, torch.float64):
-        features = features.float()
+    """Rows scaled to length 1, fp32 at least; `UserError` if there is none or one is not finite."""
+    if not len(features):
+        raise UserError(f"there is no {which} image: give at least one")
+    check_finite(features, which)
+    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
+
+
+def check_finite(features: Tensor, which: str) -> None:
+    """`UserError` if a row of the features of the `which` images (train, say) is not finite."""
     bad = int((~torch.isfinite(features)).any(1).sum())
     if bad:
         raise UserError(
             f"the features of {bad} of {len(features)} {which} images are not finite; the model has diverged, "
-            "evaluate an earlier checkpoint"
+            "judge an earlier checkpoint"
         )
-    return F.normalize(features, dim=1)

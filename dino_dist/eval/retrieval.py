@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dino_dist.dist import World
 from dino_dist.errors import UserError
+from dino_dist.eval.knn import unit_rows
 from dino_dist.models.vit import VisionTransformer
 
 UNRELATED, EASY, HARD, JUNK = range(4)
@@ -188,16 +189,3 @@ def same_label(query_labels_Q: Tensor, gallery_labels_N: Tensor) -> Relation:
         return (query_labels_Q[queries].unsqueeze(1) == gallery_labels_N).to(torch.int8) * EASY
 
     return relation
-
-
-def unit_rows(features: Tensor, which: str) -> Tensor:
-    """Rows divided by their length, fp32 at least; `UserError` if there is none or one is not finite."""
-    if not len(features):
-        raise UserError(f"there is no {which} image: give at least one")
-    bad = int((~torch.isfinite(features)).any(1).sum())
-    if bad:
-        raise UserError(
-            f"the features of {bad} of {len(features)} {which} images are not finite; the model has "
-            "diverged, judge an earlier checkpoint"
-        )
-    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)

@@ -21,6 +21,8 @@ from dino_dist.models.vit import VisionTransformer
 _LONG_SIDE_MULTIPLE_PX = 64
 _MAX_ELEMENTS = 2**24
 """Similarities held at once: 64 MiB of them."""
+_FLAT = 1e-5
+"""Largest difference in a flat map, as a share of its greatest value."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +67,12 @@ def one_hot_labels(mask_RW: Tensor, num_labels: int) -> Tensor:
 
 
 def patch_features(network: VisionTransformer, frame_3hw: Tensor) -> Tensor:
-    """Normed patch tokens of the last block, divided by their length; float32 [R, W, D]."""
+    """Normed patch tokens of the last block, divided by their length; float32 [R, W, D]; `UserError` if not finite."""
     height_px, width_px = frame_3hw.shape[-2:]
     patch = network.shape.patch_size
     tokens_PD = network.features(frame_3hw.unsqueeze(0).to(network.cls_token.dtype))[-1][0, 1:]
+    if not bool(torch.isfinite(tokens_PD).all()):
+        raise UserError("the features of a frame are not finite; the model has diverged, judge an earlier checkpoint")
     return F.normalize(tokens_PD.float(), dim=1).view(height_px // patch, width_px // patch, -1)
 
 
@@ -151,11 +155,12 @@ def label_map(labels_PC: Tensor, grid: tuple[int, int], patch_size: int) -> Tens
     """One label a pixel of the resized frame, uint8 [h, w]: bilinear between patches, then the strongest.
 
     Each label's map is stretched to 0 ... 1 before they are compared, as published, so that a small object is not
-    lost to the background. Equal ones: the lowest.
+    lost to the background; a flat one stays as it is. Equal ones: the lowest.
     """
     maps = labels_PC.T.reshape(1, -1, *grid)
     maps = F.interpolate(maps, scale_factor=float(patch_size), mode="bilinear", align_corners=False)[0]
     low = maps.amin((1, 2), keepdim=True)
     top = maps.amax((1, 2), keepdim=True)
     stretched = (maps - low) / (top - low).clamp_min(torch.finfo(maps.dtype).tiny)
-    return torch.where(top > 0, stretched, maps).argmax(0).to(torch.uint8)
+    # A map that is flat up to rounding has nothing to stretch: an object that fills the frame would become noise.
+    return torch.where(top - low > _FLAT * top, stretched, maps).argmax(0).to(torch.uint8)

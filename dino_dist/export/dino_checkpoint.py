@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dino_dist.export.architecture import published_name
 from dino_dist.weights.network_weights import NetworkWeights
+from dino_dist.weights.shapes import has_batch_norm
 
 
 def write_dino(networks: Sequence[NetworkWeights], path: Path) -> None:
@@ -37,8 +38,7 @@ def write_dino(networks: Sequence[NetworkWeights], path: Path) -> None:
 
 def original_names(weights: NetworkWeights, role: str) -> dict[str, Tensor]:
     """The student is wrapped for data parallelism there, and so is a teacher with batch norms; others are bare."""
-    has_batch_norm = any(_is_batch_norm(name, tensor) for name, tensor in weights.head.items())
-    prefix = "module." if role == "student" or has_batch_norm else ""
+    prefix = "module." if role == "student" or has_batch_norm(weights.head) else ""
     tensors = {f"{prefix}backbone.{name}": _own_storage(tensor) for name, tensor in weights.backbone.items()}
     for name, tensor in weights.head.items():
         tensors[f"{prefix}head.{name}"] = _own_storage(tensor)
@@ -65,8 +65,10 @@ def _args(weights: NetworkWeights) -> dict[str, Any]:
         "num_heads": shape.num_heads,
     }
     if weights.head:
-        has_batch_norm = any(_is_batch_norm(name, tensor) for name, tensor in weights.head.items())
-        args |= {"out_dim": weights.head["last_layer.weight_v"].shape[0], "use_bn_in_head": has_batch_norm}
+        args |= {
+            "out_dim": weights.head["last_layer.weight_v"].shape[0],
+            "use_bn_in_head": has_batch_norm(weights.head),
+        }
     return args
 
 

@@ -39,6 +39,7 @@ from dino_dist.export.verification import (
 from dino_dist.weights.network_weights import NetworkWeights, build_backbone
 from dino_dist.weights.opened import ONLY
 from dino_dist.weights.read_network import open_weights, read_network
+from dino_dist.weights.run_checkpoint import is_checkpoint_folder
 from dino_dist.weights.weights_file import ReadOptions
 
 _CPU = torch.device("cpu")
@@ -94,6 +95,8 @@ class ExportRequest:
         form = self.form
         if form.suffixes and self.out.suffix not in form.suffixes:
             raise UserError(f"--out {self.out}: --to {self.to} writes a file, name it *{' or *'.join(form.suffixes)}")
+        if is_checkpoint_folder(self.out.absolute().parent):
+            raise UserError(f"--out {self.out}: a file more makes the checkpoint there unsound; choose another folder")
         if self.with_head and not form.holds_head:
             raise UserError(f"--with-head: --to {self.to} has no place for a head; choose safetensors, onnx or torch")
         missing = [package for package in form.packages if importlib.util.find_spec(package) is None]
@@ -205,7 +208,7 @@ def _read(request: ExportRequest) -> list[NetworkWeights]:
         roles = opened.networks
     networks = [opened.network(role) for role in roles]
     if request.with_head and not networks[0].head:
-        raise UserError(f"--with-head: {networks[0].source} holds no head; leave --with-head out")
+        raise UserError(f"--with-head: {networks[0].source} holds no whole head; leave --with-head out")
     return networks
 
 

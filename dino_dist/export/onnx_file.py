@@ -21,6 +21,7 @@ from dino_dist.export.verification import Outputs, outputs_of, probe_images
 from dino_dist.models.head import DinoHead
 from dino_dist.models.vit import VisionTransformer
 from dino_dist.weights.network_weights import NetworkWeights, build_backbone
+from dino_dist.weights.shapes import has_batch_norm, head_on_meta
 from dino_dist.weights.weights_file import METADATA_KEY
 
 MAX_BYTES: Final = 2**31 - 2**20
@@ -56,21 +57,13 @@ def write_onnx(weights: NetworkWeights, path: Path, *, with_head: bool) -> None:
 
 def build_head(weights: NetworkWeights) -> DinoHead:
     """The head with these weights in fp32; `UserError` for one whose outputs depend on the batch it sees."""
-    matrices = [tensor for name, tensor in weights.head.items() if name.startswith("mlp.") and tensor.ndim == 2]
-    if any(name.startswith("mlp.") and name.endswith(".weight") and t.ndim == 1 for name, t in weights.head.items()):
+    if has_batch_norm(weights.head):
         raise UserError(
             f"the head of {weights.source} has batch norms without running statistics: logits of one image are not "
             "defined; leave out --with-head, or take --to safetensors or torch"
         )
-    num_prototypes, bottleneck_dim = weights.head["last_layer.weight_v"].shape
-    with torch.device("meta"):
-        head = DinoHead(
-            weights.shape.embed_dim,
-            num_prototypes,
-            hidden_dim=matrices[0].shape[0],
-            bottleneck_dim=bottleneck_dim,
-            num_layers=len(matrices),
-        )
+    head = head_on_meta(weights.head, weights.shape.embed_dim)
+    assert head is not None  # readers take a head whole or not at all
     head.load_state_dict({name: tensor.float() for name, tensor in weights.head.items()}, assign=True)
     return head.requires_grad_(False).eval()
 

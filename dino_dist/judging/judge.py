@@ -6,13 +6,11 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-import torch
-
 from dino_dist.config import Config
 from dino_dist.dist import World
 from dino_dist.errors import UserError
 from dino_dist.eval.features import LabelledFeatures
-from dino_dist.eval.knn import check_labels, knn_accuracies
+from dino_dist.eval.knn import check_finite, check_labels, knn_accuracies
 from dino_dist.eval.logreg import logistic_regression
 from dino_dist.judging.classifier_crops import RandomCrops
 from dino_dist.judging.evaluator import SPLITS, Evaluator, Forward, Tell, tell_nobody
@@ -83,11 +81,24 @@ def labelled_judge(judged: JudgedNetwork, tell: Tell = tell_nobody) -> Judge:
     )
 
 
+def check_usable(world: World, *, train: LabelledFeatures, test: LabelledFeatures) -> None:
+    """`UserError` on all ranks, said once, if features are not finite, or the images that could be decoded are of one
+    class. A collective.
+    """
+
+    def check() -> None:
+        for which, features in (("train", train), ("test", test)):
+            check_finite(features.features_ND, which)
+        check_labels(train.labels_N, "train")
+
+    world.first(check)
+
+
 def judge_knn(judge: Judge) -> dict[str, Any]:
     """Accuracies for each k and each temperature; `knn_top1_k20` and its like are those at eval.knn_temperature."""
     section = judge.config.eval
     train, test = judge.cls_features("train"), judge.cls_features("test")
-    together(judge.world, partial(_check_finite, train, test))
+    check_usable(judge.world, train=train, test=test)
     results = knn_accuracies(
         train.features_ND,
         train.labels_N,
@@ -107,8 +118,9 @@ def judge_logreg(judge: Judge) -> dict[str, Any]:
     """Logistic regression on class tokens of length 1; the best of eval.logreg_C on a tenth of the train images."""
     section = judge.config.eval
     train, test = judge.cls_features("train"), judge.cls_features("test")
-    together(judge.world, partial(_check_finite, train, test))
-    result = logistic_regression(
+    check_usable(judge.world, train=train, test=test)
+    fit = partial(
+        logistic_regression,
         train.features_ND,
         train.labels_N,
         test.features_ND,
@@ -118,6 +130,7 @@ def judge_logreg(judge: Judge) -> dict[str, Any]:
         world=judge.world,
         tell=lambda done, total: judge.tell("fits", done, total),
     )
+    result = together(judge.world, fit)  # what it refuses, it refuses on all ranks alike
     fields = asdict(result)
     results = fields.pop("tried")
     return judge.about() | {f"logreg_{name}": value for name, value in fields.items()} | {"results": results}
@@ -135,9 +148,3 @@ def _check(config: Config, weights: NetworkWeights) -> None:
     if crop_px % patch:
         near = max(patch, round(crop_px / patch) * patch)
         raise UserError(f"eval.crop_px={crop_px} is no multiple of the network's patches of {patch} px: use {near}")
-
-
-def _check_finite(*splits: LabelledFeatures) -> None:
-    bad = sum(int((~torch.isfinite(features.features_ND)).any(1).sum()) for features in splits)
-    if bad:
-        raise UserError(f"the features of {bad} images are not finite: the model has diverged, judge an earlier one")

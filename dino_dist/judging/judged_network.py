@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -72,8 +72,11 @@ def judged_network(
 
 def run_of(source: Path) -> Path | None:
     """The run folder that `source` is, or is a checkpoint of; None if there is none."""
-    candidates = (source, source.absolute().parent.parent)
-    return next((folder for folder in candidates if RunFolder(folder).config.is_file()), None)
+    for folder in (source, source.absolute().parent.parent):
+        with suppress(OSError):  # such as a name that is too long: whoever reads the network says so
+            if RunFolder(folder).config.is_file():
+                return folder
+    return None
 
 
 def together(world: World, action: Callable[[], T]) -> T:

@@ -7,6 +7,7 @@ import json
 import math
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from dino_dist.errors import SaidByRankZero, UserError
 from dino_dist.eval.linear import Columns, Group, Recipe, accuracies, new_group, stacked_features, train_epoch
 from dino_dist.eval.linear_state import load_group, make_folder, save_group
 from dino_dist.judging.classifier_crops import RandomCrops
-from dino_dist.judging.judge import Judge
+from dino_dist.judging.judge import Judge, check_usable
+from dino_dist.judging.judged_network import together
 
 _SAVE_EVERY_S = 30.0
 _PUBLISHED_EPOCHS, _PUBLISHED_BATCH_SIZE = 100, 1024
@@ -43,7 +45,8 @@ def judge_linear(judge: Judge, out: Path | None = None, *, save_every_s: float =
 
     The best by the test images is named, as published evaluations do, and all are listed. With `out` the state of the
     sweep is kept there (a folder that all ranks share), and the same command goes on from it after a kill, on any
-    number of ranks. `UserError` for more blocks than the network has, or if nothing can be written to `out`.
+    number of ranks. `UserError` on all ranks for more blocks than the network has, for features that are not finite
+    or of one class, and if `out` cannot be written or holds something else.
     """
     section, world = judge.config.eval, judge.world
     most_blocks, depth = max(section.linear_blocks), judge.weights.shape.depth
@@ -57,7 +60,7 @@ def judge_linear(judge: Judge, out: Path | None = None, *, save_every_s: float =
         return stacked_features(judge.backbone.features(images, most_blocks))
 
     test = judge.features(forward, "test")
-    sweep = _Sweep(judge=judge, folder=out, save_every_s=save_every_s, like=test.features_ND)
+    sweep = together(world, lambda: _Sweep(judge=judge, folder=out, save_every_s=save_every_s, like=test.features_ND))
     first_epoch = min(world.gather(min((group.epochs_done for group in sweep.groups), default=sweep.recipe.epochs)))
     if first_epoch:
         judge.tell("epochs of classifiers", first_epoch, sweep.recipe.epochs)
@@ -66,7 +69,8 @@ def judge_linear(judge: Judge, out: Path | None = None, *, save_every_s: float =
         if train is None or section.linear_augment:
             views = RandomCrops(crop_px=section.crop_px, seed=sweep.recipe.seed, epoch=epoch)
             train = judge.features(forward, "train", views if section.linear_augment else None)
-        sweep.train(epoch, train.features_ND, train.labels_N)
+            check_usable(world, train=train, test=test)
+        together(world, partial(sweep.train, epoch, train.features_ND, train.labels_N))
         judge.tell("epochs of classifiers", epoch + 1, sweep.recipe.epochs)
     parts = world.gather(sweep.scores(test.features_ND, test.labels_N))
     scores = sorted((one for part in parts for one in part), key=lambda one: (one.blocks, one.avgpool, one.lr))

@@ -15,7 +15,7 @@ from torch import Tensor
 from dino_dist.config import Config, DataSection
 from dino_dist.data.reading.decode import BadSample, Pixels, decode_image
 from dino_dist.dist import World
-from dino_dist.errors import SaidByRankZero, StopAsked, UserError
+from dino_dist.errors import UserError
 from dino_dist.eval.features import Batch, extract
 from dino_dist.inputs import decode_rules
 from dino_dist.judging.evaluator import Tell, tell_nobody
@@ -42,12 +42,7 @@ def listed_features(
     if not files:
         raise UserError(f"there are no {what}: give at least one")
     share = _Share(files, view, config, world)
-    batches = _counted(share.batches(), what, len(range(world.rank, len(files), world.size)), tell)
-    try:
-        return extract(forward, batches, world, share.stop_word).features_ND
-    except StopAsked:
-        problems = [problem for problem in world.gather(share.problem) if problem]
-        raise (UserError if world.is_first else SaidByRankZero)(problems[0]) from None
+    return extract(forward, _counted(share.batches(), what, len(files), world.size, tell), world).features_ND
 
 
 def read_pixels(file: Path, data: DataSection) -> Pixels:
@@ -62,23 +57,16 @@ def read_pixels(file: Path, data: DataSection) -> Pixels:
 
 
 class _Share:
-    """This rank's part of the files, and what is wrong with one of them."""
+    """This rank's part of the files."""
 
     def __init__(self, files: Sequence[Path], view: View, config: Config, world: World) -> None:
         self._files, self._view, self._config, self._world = files, view, config, world
-        self.problem = ""
-
-    def stop_word(self) -> int:
-        return int(bool(self.problem))
 
     def batches(self) -> Iterator[Batch]:
         waiting: list[tuple[int, Pixels]] = []
         numbers = range(self._world.rank, len(self._files), self._world.size)
         views = _in_order(self._read, numbers, num_threads=self._config.data.num_workers)
         for number, pixels in views:
-            if isinstance(pixels, str):
-                self.problem = pixels
-                return
             full = len(waiting) == self._config.eval.batch_size
             if waiting and (full or waiting[0][1].shape != pixels.shape):
                 yield self._batch(waiting)
@@ -87,12 +75,12 @@ class _Share:
         if waiting:
             yield self._batch(waiting)
 
-    def _read(self, number: int) -> tuple[int, Pixels | str]:
+    def _read(self, number: int) -> tuple[int, Pixels]:
         file = self._files[number]
         try:
             return number, self._view(number, read_pixels(file, self._config.data))
         except BadSample as error:
-            return number, f"{file} cannot be used ({error}): mend it or take it off the list"
+            raise UserError(f"{file} cannot be used ({error}): mend it or take it off the list") from None
 
     def _batch(self, views: Sequence[tuple[int, Pixels]]) -> Batch:
         images = normalised(np.stack([pixels for _, pixels in views]), self._config, self._world.device)
@@ -111,14 +99,14 @@ def normalised(pixels: Pixels, config: Config, device: torch.device) -> Tensor:
 
 
 def _in_order(
-    read: Callable[[int], tuple[int, Pixels | str]], numbers: Iterable[int], *, num_threads: int
-) -> Iterator[tuple[int, Pixels | str]]:
+    read: Callable[[int], tuple[int, Pixels]], numbers: Iterable[int], *, num_threads: int
+) -> Iterator[tuple[int, Pixels]]:
     """What `read` gives for each number, in order; threads are a few images ahead. Without threads: read here."""
     if not num_threads:
         yield from map(read, numbers)
         return
     with ThreadPoolExecutor(num_threads) as pool:
-        ahead: deque[Future[tuple[int, Pixels | str]]] = deque()
+        ahead: deque[Future[tuple[int, Pixels]]] = deque()
         try:
             for number in numbers:
                 ahead.append(pool.submit(partial(read, number)))
@@ -131,9 +119,10 @@ def _in_order(
                 future.cancel()
 
 
-def _counted(batches: Iterable[Batch], what: str, total: int, tell: Tell) -> Iterator[Batch]:
+def _counted(batches: Iterable[Batch], what: str, total: int, num_ranks: int, tell: Tell) -> Iterator[Batch]:
+    """Tells of all ranks' images, as far as this one knows."""
     done = 0
     for batch in batches:
         yield batch
         done += len(batch[2])
-        tell(what, done, total)
+        tell(what, min(total, done * num_ranks), total)

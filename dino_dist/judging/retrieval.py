@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -241,8 +242,9 @@ def _square(size_px: int) -> View:
 
 def _file_of(root: Path, name: str) -> Path:
     for file in (root / name, root / f"{name}.jpg"):
-        if file.is_file():
-            return file
+        with suppress(OSError):  # such as a name that is too long for the file system
+            if file.is_file():
+                return file
     raise UserError(f"{root / name} does not exist, nor with .jpg: give the images' folder with --images")
 
 

@@ -74,22 +74,22 @@ def segment_videos(
         out = options.out
         world.first(lambda: _prepare(out))
     mine = videos[world.rank :: world.size]
-    total = sum(len(video.frames) for video in mine)
+    share, total = (sum(len(video.frames) for video in some) for some in (mine, videos))
     scores: list[ObjectScore] = []
 
     def segment_share() -> None:
         done = 0
         for video in mine:
-            tell("frames", done, total)
+            tell("frames", done * total // share, total)
             scores.extend(_segment_one(network, video, config, world.device, options))
             done += len(video.frames)
-        tell("frames", done, total)
 
     together(world, segment_share)
+    tell("frames", total, total)
     objects = sorted((score for part in world.gather(scores) for score in part), key=lambda s: (s.video, s.number))
     counts = {
         "videos": len(videos),
-        "frames": sum(len(video.frames) for video in videos),
+        "frames": total,
         "judged_frames": sum(len(video.judged) for video in videos),
     }
     return counts | _figures(objects)

@@ -113,9 +113,9 @@ class PatchColors:
 def _axes(rows_ND: Floats, count: int) -> Axes:
     """The first components of the rows, fewer where the features are fewer."""
     center = rows_ND.mean(axis=0)
-    centered = rows_ND - center
     if not np.isfinite(center).all():
         raise UserError("the patch features are not finite: the network has diverged, take an earlier checkpoint")
+    centered = rows_ND - center
     # The covariance is D x D whatever the patches; eigh sorts upwards.
     variance, directions = np.linalg.eigh(centered.T @ centered / len(rows_ND))
     if variance[-1] <= _LEAST_VARIANCE * np.square(rows_ND).mean():

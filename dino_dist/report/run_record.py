@@ -23,6 +23,8 @@ from dino_dist.run_folder import RunFolder
 
 _MOST_KEYS: Final = 200
 _BATCH: Final = 4096
+_LARGEST: Final = 1e100
+"""No curve is drawn through more: sums and axes would overflow."""
 _TEACHER_BACKBONE: Final = "teacher.backbone."
 
 
@@ -151,7 +153,7 @@ def _take_in(series: dict[str, Series], batch: list[tuple[int, dict[str, Any]]])
             continue
         column = [value if type(value := row.get(key)) is float else number_of(value) for _, row in batch]
         values = np.array([math.nan if value is None else value for value in column])
-        finite = np.isfinite(values)
+        finite = np.abs(values) <= _LARGEST
         if finite.any():
             series.setdefault(key, Series()).extend(steps[finite], values[finite])
 

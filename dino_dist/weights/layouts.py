@@ -93,7 +93,11 @@ class NameMap:
 
 def map_names(names: Iterable[str], source: str) -> NameMap:
     """Sort a network's names; `UserError` where they are another architecture's."""
-    stripped = {_WRAPPERS.sub("", name): name for name in names}
+    stripped: dict[str, str] = {}
+    for name in names:
+        other = stripped.setdefault(_WRAPPERS.sub("", name), name)
+        if other != name:
+            raise UserError(f"{source} holds {other} and {name}, the same tensor of two networks: give one network")
     _refuse_other_architectures(stripped, source)
     plain = {_HF_PREFIX.sub("", name): original for name, original in stripped.items()}
     if "embeddings.cls_token" in plain:

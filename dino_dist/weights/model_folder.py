@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor
 
@@ -18,6 +20,8 @@ from dino_dist.weights.torch_file import read_torch_file
 CONFIG = "config.json"
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH = "pytorch_model.bin"
+_TIMM_OF_16_HEADS = ("vit_huge_", "vit_giant_", "vit_gigantic_")
+"""timm's plain ViTs whose heads are not 64 wide, where the config does not say so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +106,10 @@ def _timm(content: dict[str, Any], config: Path) -> Stated:
     cfg = content.get("pretrained_cfg")
     cfg = cfg if isinstance(cfg, dict) else {}
     pixels = stated_pixels(cfg.get("mean"), cfg.get("std"), config)
-    return Stated(layout="timm", num_heads=_whole_number(arguments, "num_heads", config), pixels=pixels)
+    heads = _whole_number(arguments, "num_heads", config)
+    if heads is None and architecture.startswith(_TIMM_OF_16_HEADS):
+        heads = 16
+    return Stated(layout="timm", num_heads=heads, pixels=pixels)
 
 
 def _whole_number(content: dict[str, Any], key: str, config: Path) -> int | None:
@@ -118,10 +125,24 @@ def stated_pixels(mean: object, std: object, file: Path) -> dict[str, tuple[floa
     """The normalisation of a network's images; `UserError` for what is none, nothing where none is stated."""
     if mean is None or std is None:
         return {}
-    pairs = [mean, std]
-    if not all(isinstance(each, list) and each and all(isinstance(x, int | float) for x in each) for each in pairs):
-        raise UserError(f"{file} says mean={mean!r} and std={std!r}: they must be lists of numbers")
-    return {"pixel_mean": tuple(map(float, mean)), "pixel_std": tuple(map(float, std))}  # type: ignore[call-overload]
+    if not (_is_numbers(mean) and _is_numbers(std) and len(mean) == len(std) and min(std) > 0):
+        raise UserError(
+            f"{file} says mean={mean!r} and std={std!r}: they must be lists of numbers, as many, those of std above 0"
+        )
+    return {"pixel_mean": tuple(map(float, mean)), "pixel_std": tuple(map(float, std))}
+
+
+def _is_numbers(value: object) -> TypeGuard[list[float]]:
+    """Such as images can be normalised with: a float holds them."""
+    return isinstance(value, list) and bool(value) and all(_is_number(each) for each in value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max and math.isfinite(value)
+
+
+def _is_file_name(place: str) -> bool:
+    return Path(place).name == place and place not in ("", "..") and place.isprintable()
 
 
 class _SeveralFiles(Mapping[str, Tensor]):
@@ -132,7 +153,7 @@ class _SeveralFiles(Mapping[str, Tensor]):
         places = read_json(index).get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
             raise UserError(f"{index} has no weight_map of names to files")
-        strange = sorted({place for place in places.values() if Path(place).name != place})
+        strange = sorted({place for place in places.values() if not _is_file_name(place)})
         if strange:
             raise UserError(f"{index} names {strange[0]!r}: only files of its own folder are read")
         files = {place: SafetensorsFile(folder / place) for place in sorted(set(places.values()))}

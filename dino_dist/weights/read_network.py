@@ -33,10 +33,14 @@ def read_network(source: str | Path, *, network: str = "teacher", num_heads: int
 def open_weights(source: str | Path, options: ReadOptions) -> OpenedWeights:
     """Find out what `source` is and which networks it holds; see `read_network`."""
     path = Path(source)
+    try:
+        path.stat()
+    except (OSError, ValueError) as error:
+        gone = isinstance(error, FileNotFoundError)
+        why = "does not exist" if gone else f"cannot be read ({getattr(error, 'strerror', None) or error})"
+        raise UserError(f"{path} {why}: give a run folder, one of its checkpoints, or a file of weights") from None
     if path.is_file():
         return open_weights_file(path, options)
-    if not path.is_dir():
-        raise UserError(f"{path} does not exist: give a run folder, one of its checkpoints, or a file of weights")
     if is_run_folder(path):
         return _opened_checkpoint(newest_checkpoint(path))
     if is_checkpoint_folder(path):

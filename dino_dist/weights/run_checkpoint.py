@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
-from dino_dist.checkpoint_tensors import load_tensors
+from dino_dist.checkpoint_tensors import load_tensors, one_line
 from dino_dist.errors import UserError
 from dino_dist.manifest import MANIFEST, BadCheckpoint, TensorSpec, VerifiedCheckpoint, newest_verified, verify
 from dino_dist.models.vit import VIT_SIZES
@@ -54,7 +55,10 @@ def read_run_network(checkpoint: VerifiedCheckpoint, network: str) -> NetworkWei
     specs = checkpoint.manifest.tensors
     prefix = f"{network}."
     tensors = {name: _empty(spec) for name, spec in specs.items() if name.startswith(prefix) or name == _CENTER}
-    load_tensors(checkpoint, tensors, subset=True)
+    try:
+        load_tensors(checkpoint, tensors, subset=True)
+    except CheckpointException as error:  # such as a run that goes on and has deleted it meanwhile
+        raise UserError(f"{checkpoint.path} cannot be read ({one_line(error)}): take another one of its run") from None
     own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     backbone = _below(own, _BACKBONE)
     state = checkpoint.state

@@ -26,7 +26,7 @@ from dino_dist.weights.model_folder import (
 from dino_dist.weights.network_weights import NetworkWeights
 from dino_dist.weights.opened import ONLY, ROLES, OpenedWeights
 from dino_dist.weights.safetensors_file import SafetensorsFile
-from dino_dist.weights.shapes import backbone_differences, heads_of, in_few_words, shape_of
+from dino_dist.weights.shapes import backbone_differences, head_on_meta, heads_of, in_few_words, shape_of
 from dino_dist.weights.torch_file import read_torch_file
 
 METADATA_KEY = "dino_dist"
@@ -36,6 +36,8 @@ FORMAT = 1
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
 _CENTER = "center"
+_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_GIVE = "give plain weights of fp16, bf16, fp32 or fp64"
 _SEEN_IN_TENSORS = ("embed_dim", "depth", "patch_size", "image_px", "mlp_ratio", "in_channels")
 
 
@@ -44,7 +46,9 @@ class ReadOptions:
     """How a caller wants files of others read."""
 
     num_heads: int | None = None
-    """Attention heads, where the file does not tell and the width is no multiple of 64."""
+    """Attention heads, where the file does not tell."""
+    assumed_heads: int | None = None
+    """Where neither the file nor `num_heads` tells, and no published size has that width."""
     strict: bool = True
     """Refuse a backbone that is not complete, and names that nobody here knows."""
 
@@ -75,7 +79,9 @@ def open_weights_file(path: Path, options: ReadOptions) -> OpenedWeights:
 
     def read(network: str) -> NetworkWeights:
         weights = _assemble(networks[network], str(path), network, stated, options)
-        return weights if network == ONLY else replace(weights, center_1K=_center(content), epoch=_epoch(content))
+        if network == ONLY:
+            return weights
+        return replace(weights, center_1K=_center(content, str(path)), epoch=_epoch(content))
 
     return OpenedWeights(source=str(path), networks=tuple(networks), read=read)
 
@@ -98,20 +104,20 @@ def _networks_of(content: Any, source: str) -> dict[str, dict[str, Tensor]]:
     return networks
 
 
-def _center(content: Mapping[str, Any]) -> Tensor | None:
+def _center(content: Mapping[str, Any], source: str) -> Tensor | None:
     """[1, K] of a DINO checkpoint, if it is there."""
     loss = content.get("dino_loss")
     center_1K = loss.get(_CENTER) if isinstance(loss, Mapping) else None
     if not isinstance(center_1K, Tensor) or center_1K.ndim != 2 or center_1K.shape[0] != 1:
         return None
-    return center_1K.detach().clone()
+    return _checked(center_1K, _CENTER, source).clone()
 
 
 def _heads_in_args(content: Mapping[str, Any]) -> int | None:
     """This project's exports in the original's format say it; the original's own `args` do not."""
     args = content.get("args")
     heads = args.get("num_heads") if isinstance(args, Mapping) else None
-    return heads if isinstance(heads, int) and heads > 0 else None
+    return heads if type(heads) is int and heads > 0 else None
 
 
 def _epoch(content: Mapping[str, Any]) -> int | None:
@@ -136,7 +142,7 @@ def _own_file(file: SafetensorsFile, options: ReadOptions) -> OpenedWeights:
                 f"{source}: its header says {', '.join(f'{key}={told.get(key)}' for key in differing)}, its tensors "
                 f"{', '.join(f'{key}={seen[key]}' for key in differing)}: export it again"
             )
-        center_1K = file[_CENTER] if _CENTER in file else None
+        center_1K = _checked(file[_CENTER], _CENTER, source).clone() if _CENTER in file else None
         return replace(weights, step=header["step"], epoch=header.get("epoch"), center_1K=center_1K)
 
     return OpenedWeights(source=source, networks=(header["network"],), read=read)
@@ -157,7 +163,7 @@ def _own_header(file: SafetensorsFile) -> dict[str, Any]:
             f"{file.path}: its {METADATA_KEY} header is of format {version!r}, network {network!r}; format {FORMAT} is "
             "known here: use the dino_dist that wrote it, or export it again"
         )
-    if not isinstance(heads, int) or heads < 1 or not all(isinstance(count, int | None) for count in counts):
+    if type(heads) is not int or heads < 1 or not all(isinstance(count, int | None) for count in counts):
         raise UserError(
             f"{file.path}: its {METADATA_KEY} header says num_heads={heads!r}, step and epoch {counts!r}: export it "
             "again"
@@ -182,19 +188,24 @@ def _assemble(
             f"{source} holds names of no DINO ViT: {in_few_words(names.unknown)}; give weights of this architecture"
         )
     backbone = {name: _joined(tensors, parts, source) for name, parts in names.backbone.items()}
-    heads = heads_of(backbone, stated=stated.num_heads, asked=options.num_heads, source=source)
+    heads = heads_of(
+        backbone, stated=stated.num_heads, asked=options.num_heads, assumed=options.assumed_heads, source=source
+    )
     shape = shape_of(backbone, num_heads=heads, source=source)
     differences = backbone_differences(backbone, shape)
     if differences and options.strict:
         raise UserError(f"{source} is not a whole ViT: {in_few_words(differences)}; give the whole backbone")
+    head = {name: _joined(tensors, parts, source) for name, parts in names.head.items()}
+    whole_head = head_on_meta(head, shape.embed_dim) is not None
+    part_of_head = [] if whole_head else [part for parts in names.head.values() for part in parts]
     weights = NetworkWeights(
         source=source,
         layout=stated.layout or names.layout,
         network=network,
         shape=shape,
         backbone=backbone,
-        head={name: _joined(tensors, parts, source) for name, parts in names.head.items()},
-        left_out=tuple(names.left_out + names.unknown),
+        head=head if whole_head else {},
+        left_out=tuple(names.left_out + names.unknown + part_of_head),
         notes=stated.notes,
     )
     return replace(weights, **stated.pixels)
@@ -202,10 +213,20 @@ def _assemble(
 
 def _joined(tensors: Mapping[str, Tensor], parts: list[str], source: str) -> Tensor:
     """The parts one below the other, in memory of their own: the file may be replaced afterwards."""
-    read = [tensors[part].detach() for part in parts]
-    if len({part.shape[1:] for part in read}) > 1 or len({part.dtype for part in read}) > 1:
+    read = [_checked(tensors[part], part, source) for part in parts]
+    if len({(part.shape, part.dtype) for part in read}) > 1 or (len(read) > 1 and not read[0].ndim):
         raise UserError(f"{source}: {', '.join(parts)} do not belong together: give weights of one network")
-    joined = read[0].clone(memory_format=torch.contiguous_format) if len(read) == 1 else torch.cat(read)
-    if joined.is_floating_point() and not torch.isfinite(joined).all():
-        raise UserError(f"{source}: {parts[0]} holds numbers that are not finite: the file is of no use")
-    return joined
+    return read[0].clone(memory_format=torch.contiguous_format) if len(read) == 1 else torch.cat(read)
+
+
+def _checked(tensor: Tensor, name: str, source: str) -> Tensor:
+    """As it lies in the file; `UserError` for one that no network could be computed with."""
+    if tensor.dtype not in _TYPES or tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
+        odd = tensor.dtype if tensor.dtype not in _TYPES else "nested" if tensor.is_nested else tensor.layout
+        kind = "without numbers" if tensor.is_meta else f"of type {str(odd).removeprefix('torch.')}"
+        raise UserError(f"{source}: {name} is {kind}: {_GIVE}")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise UserError(f"{source}: {name}{list(tensor.shape)} holds fewer numbers than its shape says: {_GIVE}")
+    if not torch.isfinite(tensor).all():
+        raise UserError(f"{source}: {name} holds numbers that are not finite: the file is of no use")
+    return tensor.detach()

@@ -16,6 +16,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from dino_dist.config_file import load_config
 from dino_dist.dist import World
+from dino_dist.errors import UserError
 from dino_dist.eval.knn import knn_accuracies
 from dino_dist.judging.judge import judge_knn, judge_logreg, labelled_judge
 from dino_dist.judging.judged_network import JudgedNetwork
@@ -148,6 +149,34 @@ def test_a_killed_sweep_goes_on_from_its_state_on_another_number_of_ranks(
     again, told = sweep(World(), train, index, state)
     assert again == whole
     assert told == [5]
+
+
+def refused_sweep(world: World, train: str, index_dir: str, state: str, diverged: bool) -> str:
+    network = sweep_network(world, train, index_dir)
+    if diverged:
+        torch.nn.init.constant_(network.backbone.norm.weight, 3e38)
+        torch.nn.init.constant_(network.backbone.norm.bias, 3e38)
+    with pytest.raises(UserError) as caught:
+        judge_linear(labelled_judge(network), Path(state))
+    return f"{type(caught.value).__name__}: {caught.value}"
+
+
+def test_what_a_sweep_refuses_is_said_once(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    train, index, state = str(image_folder(tmp_path / "train", COUNTS, 0)), str(tmp_path / "index"), tmp_path / "state"
+    said = ranks(2, refused_sweep, train, index, str(state), True)
+    assert "of 41 train images are not finite" in said[0]
+    sweep(World(), train, index, str(state))
+    files = sorted(state.iterdir())
+    assert len(files) == 4
+    files[-1].write_bytes(b"junk")
+    damaged = ranks(2, refused_sweep, train, index, str(state), False)
+    assert f"{files[-1]} is no state of a sweep" in damaged[0]
+    for answer in (said, damaged):
+        assert answer[0].startswith("UserError: ")
+        assert answer[1] == answer[0].replace("UserError", "SaidByRankZero", 1)
+    left = image_folder(tmp_path / "left", {"ant": 4, "bee": 1}, 0, bad=("bee/000.png",))
+    only = ranks(2, refused_sweep, str(left), index, str(tmp_path / "other"), False)
+    assert "all 4 train images have label 0" in only[0]
 
 
 def signs(count: int, seed: int) -> torch.Tensor:

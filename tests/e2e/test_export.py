@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from dino_dist.errors import UserError
 from dino_dist.weights.network_weights import build_backbone
-from dino_dist.weights.read_network import read_network
+from dino_dist.weights.read_network import open_weights, read_network
+from dino_dist.weights.weights_file import ReadOptions
 
 pytestmark = pytest.mark.e2e
 
@@ -109,6 +112,23 @@ def test_where_nothing_can_be_written(cli: Callable[..., Any], run: Path, tmp_pa
         assert name in said
     assert (tmp_path / "file.safetensors").read_text() == (tmp_path / "folder" / "mine").read_text() == "mine"
     assert {path.name for path in tmp_path.iterdir()} == {"run", "file.safetensors", "folder", "dangling.pth"}
+
+
+def test_a_checkpoint_stays_sound(cli: Callable[..., Any], run: Path) -> None:
+    """A file of tensors that its manifest does not name would cost the run this checkpoint."""
+    folder = run / "checkpoints" / "step-00000004"
+    said = cli("export", str(run), "--to", "safetensors", "--out", str(folder / "teacher.safetensors")).refusal()
+    assert "choose another folder" in said
+    assert read_network(folder).step == 4
+
+
+def test_a_checkpoint_that_its_run_deletes_meanwhile_is_told_in_one_line(run: Path) -> None:
+    opened = open_weights(run, ReadOptions())
+    shutil.rmtree(opened.source)
+    with pytest.raises(UserError) as raised:
+        opened.network("teacher")
+    assert "cannot be read" in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_network_that_has_diverged(cli: Callable[..., Any], tiny: Callable[..., list[str]], tmp_path: Path) -> None:

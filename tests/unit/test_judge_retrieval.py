@@ -205,6 +205,8 @@ def test_what_is_wrong_with_files_is_named(tmp_path: Path) -> None:
     assert "1 x 1 px to look at; the least is 8 px" in _refused(World(), str(folder / "list.tsv"))
     (folder / "jpg" / "view_1_0.jpg").unlink()
     assert "view_1_0.jpg does not exist" in _refused(World(), str(folder / "list.tsv"))
+    (folder / "long.tsv").write_text(f"query\t{'x' * 5000}\tgroup\ngallery\tjpg/view_0_0.jpg\tgroup\n")
+    assert "does not exist" in _refused(World(), str(folder / "long.tsv"))
     copies = copydays(tmp_path / "copydays")
 
     def refused(**options: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +234,44 @@ def test_an_id_that_comes_twice_and_no_image_at_all_are_refused() -> None:
         extract(lambda images: images, [batch], World())
     with pytest.raises(ValueError, match="no image"):
         extract(lambda images: images, [], World())
+
+
+def _refused(world: World) -> str:
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        yield torch.ones(2, 3), torch.zeros(2), torch.arange(2) + 10 * world.rank
+        if world.rank == 1:
+            raise UserError("a file is gone")
+        yield torch.ones(2, 3), torch.zeros(2), torch.arange(2) + 10 * world.rank + 5
+
+    try:
+        extract(lambda images: world.all_reduce_sum_(images.clone()), batches(), world)
+    except UserError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.mark.distributed
+def test_what_one_rank_cannot_read_ends_all_and_rank_zero_says_it(ranks: Callable[..., list[Any]]) -> None:
+    assert ranks(3, _refused) == ["UserError: a file is gone", *["SaidByRankZero: a file is gone"] * 2]
+
+
+def _not_finite(world: World) -> str:
+    train, train_labels = blobs(20, 4, 1)
+    test, test_labels = blobs(5, 4, 2)
+    test[4, 0] = torch.nan
+    with pytest.raises(UserError) as caught:
+        knn_accuracy(train, train_labels, test, test_labels, k=[1], world=world)
+    return str(caught.value)
+
+
+@pytest.mark.distributed
+def test_a_diverged_feature_in_one_ranks_share_ends_all(ranks: Callable[..., list[Any]]) -> None:
+    said = ranks(2, _not_finite)
+    assert (
+        said
+        == ["the features of 1 of 5 test images are not finite; the model has diverged, judge an earlier checkpoint"]
+        * 2
+    )
 
 
 def _interrupted(world: World) -> tuple[int, int]:

@@ -325,6 +325,14 @@ def test_a_row_without_a_sensible_step_is_no_point(folder: RunFolder, step: Any)
     assert_harmless(page(record))
 
 
+def test_numbers_beyond_any_axis_are_left_out(folder: RunFolder) -> None:
+    huge = [{"step": 1, "loss": 1e308, "grad_norm": 5e-324}, {"step": 2, "loss": -1e308, "grad_norm": 1.7e308}]
+    write_lines(folder.metrics, [*huge, {"step": 3, "loss": 2.0, "grad_norm": 1e99}])
+    record = read(folder)
+    assert record.metrics.series["loss"].highest == 2.0
+    assert_harmless(page(record))
+
+
 def test_only_the_settings_that_differ_are_marked(folder: RunFolder) -> None:
     found = {f"{row.section}.{row.name}": row for row in read_settings(folder.path).rows}
     assert found["data.train"].value == "/nowhere"

@@ -319,3 +319,15 @@ def test_the_proposal_is_in_the_status(folder: RunFolder, capsys: pytest.Capture
     assert found["suggest_exclude"] == ["n7"]
     print_status(found)
     assert "n7 (repeated faults)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", ["1e308", "Infinity", "1" + "0" * 400, "1e-320", "NaN", '"ten"', "null"])
+@pytest.mark.parametrize("key", ["images_seen", "epoch", "images_per_s"])
+def test_a_number_that_nothing_can_be_reckoned_with_is_left_out(key: str, value: str, folder: RunFolder) -> None:
+    folder.config.write_text("data: {train: x}\ntrain: {length: 10ep}\n")
+    row = {"step": 7, "images_seen": 700, "epoch": 0.5, "images_per_s": 10.0}
+    line = json.dumps(row | {key: "HERE"}).replace('"HERE"', value)
+    folder.metrics.write_text(f"{json.dumps(row)}\n{line}\n")
+    progress = progress_of(folder)
+    assert progress.step == 7
+    assert progress.left_s is None or progress.left_s >= 0

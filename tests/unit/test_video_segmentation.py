@@ -107,6 +107,9 @@ def test_a_label_map_is_stretched_before_the_strongest_is_taken() -> None:
     nothing = torch.zeros(24, 3)
     nothing[:, 0] = 1
     assert not label_map(nothing, (4, 6), 8).any(), "objects that are gone do not come back"
+    rounding = 1e-7 * torch.rand(24, generator=torch.Generator().manual_seed(0))
+    full = torch.stack([torch.zeros(24), 1.0 - rounding], dim=1)
+    assert label_map(full, (4, 6), 8).all(), "an object that fills the frame stays whole"
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from dino_dist.errors import UserError
 from dino_dist.models.head import DinoHead
 from dino_dist.models.vit import VisionTransformer, ViTShape
-from dino_dist.weights.read_network import read_network
+from dino_dist.weights.read_network import open_weights, read_network
 from dino_dist.weights.torch_file import read_torch_file
+from dino_dist.weights.weights_file import ReadOptions
 
 SHAPE = ViTShape(embed_dim=128, depth=2, num_heads=2, patch_size=4, image_px=16)
 
@@ -117,9 +118,17 @@ def test_damaged_safetensors_are_one_line(tmp_path: Path) -> None:
         ({**backbone(), "extra.weight": torch.ones(3)}, "extra.weight"),
         ({**backbone(), "norm.weight": torch.full((128,), torch.nan)}, "not finite"),
         ({**backbone(), "norm.weight": torch.ones(128, dtype=torch.int32)}, "int32"),
+        ({**backbone(), "norm.weight": torch.ones(128).to(torch.float8_e4m3fn)}, "float8_e4m3fn"),
+        ({**backbone(), "norm.weight": torch.ones(128).to_sparse()}, "sparse_coo"),
+        ({**backbone(), "norm.weight": torch.ones(128, device="meta")}, "without numbers"),
+        ({**backbone(), "pos_embed": torch.zeros(1).expand(1, 1 + 10**12, 128)}, "fewer numbers than its shape says"),
+        ({**backbone(), "module.norm.weight": torch.ones(128)}, "norm.weight and module.norm.weight"),
         ({**backbone(), "norm.weight": torch.ones(64)}, "[64] instead of [128]"),
         ({**backbone(), "pos_embed": torch.ones(1, 16, 128)}, "class token"),
         ({**backbone(), "cls_token": torch.ones(128)}, "dimensions"),
+        ({**backbone(), "cls_token": torch.tensor(1.0)}, "dimensions"),
+        ({**backbone(), "pos_embed": torch.ones(2, 17, 128)}, "dimensions"),
+        ({"teacher": backbone(), "dino_loss": {"center": torch.full((1, 7), torch.nan)}}, "center holds numbers"),
         ({name: value for name, value in backbone().items() if "blocks.1.attn" not in name}, "blocks.1.attn.qkv"),
         ({name: value for name, value in backbone().items() if "blocks.0." not in name}, "blocks.0"),
         ({**backbone(), "blocks.0.ls1.gamma": torch.ones(128)}, "LayerScale"),
@@ -136,6 +145,7 @@ def test_what_is_no_network_of_this_architecture(content: Any, words: str, tmp_p
 
 def test_what_cannot_be_read_at_all(tmp_path: Path) -> None:
     assert "does not exist" in refusal(tmp_path / "gone.pth")
+    assert "File name too long" in refusal(tmp_path / f"{'x' * 300}.pth")
     (tmp_path / "a.onnx").write_bytes(b"x")
     assert ".safetensors" in refusal(tmp_path / "a.onnx")
     (tmp_path / "empty").mkdir()
@@ -152,6 +162,30 @@ def test_the_number_of_heads(tmp_path: Path) -> None:
     torch.save(backbone(ViTShape(embed_dim=24, depth=1, num_heads=3, patch_size=4, image_px=8)), tmp_path / "b.pth")
     assert "number of heads" in refusal(tmp_path / "b.pth")
     assert read_network(tmp_path / "b.pth", num_heads=3).shape.num_heads == 3
+    assert "5 attention heads" in refusal(tmp_path / "b.pth", num_heads=5)
+    assumed = ReadOptions(assumed_heads=2)
+    assert open_weights(tmp_path / "b.pth", assumed).read("only").shape.num_heads == 2
+    assert open_weights(own_file(tmp_path / "c.safetensors"), assumed).read("student").shape.num_heads == 4
+
+
+def test_the_width_of_a_huge_vit_does_not_tell_its_heads(tmp_path: Path) -> None:
+    """Its 16 heads are 80 wide: width / 64 would give features of no network."""
+    huge = backbone(ViTShape(embed_dim=1280, depth=1, num_heads=16, patch_size=2, image_px=2, mlp_ratio=0.1))
+    torch.save(huge, tmp_path / "pytorch_model.bin")
+    assert "give the number of heads" in refusal(tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_huge_patch14_224"}))
+    assert read_network(tmp_path).shape.num_heads == 16
+
+
+@pytest.mark.parametrize("missing", ["last_layer.weight_v", "last_layer.weight_g", "mlp.0.weight", "mlp.2.bias"])
+def test_part_of_a_head_is_none(missing: str, tmp_path: Path) -> None:
+    tensors = {f"backbone.{name}": tensor for name, tensor in backbone().items()}
+    head = DinoHead(128, 7, hidden_dim=12, bottleneck_dim=6).state_dict()
+    tensors |= {f"head.{name}": tensor for name, tensor in head.items() if name != missing}
+    torch.save(tensors, tmp_path / "a.pth")
+    weights = read_network(tmp_path / "a.pth")
+    assert weights.head == {}
+    assert set(weights.left_out) == {name for name in tensors if name.startswith("head.")}
 
 
 def own_file(path: Path, **changes: Any) -> Path:
@@ -190,6 +224,11 @@ def test_an_export_of_this_project(tmp_path: Path) -> None:
         ({"shape": {"num_heads": 4, "depth": 9}}, "depth=9"),
         ({"step": "ten"}, "ten"),
         ({"pixel_mean": [0.5], "pixel_std": "x"}, "lists of numbers"),
+        ({"pixel_mean": [0.5] * 3, "pixel_std": [0.5]}, "as many"),
+        ({"pixel_mean": [float("nan")] * 3, "pixel_std": [0.5] * 3}, "lists of numbers"),
+        ({"pixel_mean": [10**400] * 3, "pixel_std": [0.5] * 3}, "lists of numbers"),
+        ({"pixel_mean": [0.5] * 3, "pixel_std": [0] * 3}, "above 0"),
+        ({"shape": {"num_heads": True}}, "num_heads=True"),
     ],
 )
 def test_a_broken_header_of_an_export(changes: dict[str, Any], words: str, tmp_path: Path) -> None:

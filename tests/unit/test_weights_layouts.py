@@ -173,12 +173,23 @@ def test_a_folder_whose_config_says_otherwise(config: Any, words: str, tmp_path:
     assert words in str(caught.value)
 
 
-def test_an_index_reads_only_its_own_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["../secret.safetensors", "/secret.safetensors", "..", "", "a\0b", "\ud800"])
+def test_an_index_reads_only_its_own_folder(place: str, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    index = {"weight_map": {"cls_token": "../secret.safetensors"}}
+    index = {"weight_map": {"cls_token": place}}
     (tmp_path / "in" / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="only files of its own folder"):
         read_network(tmp_path / "in")
+
+
+@pytest.mark.parametrize("heights", [(100, 92, 96), (96, 96, 90)])
+def test_queries_keys_and_values_of_other_heights_are_not_joined(heights: tuple[int, int, int], tmp_path: Path) -> None:
+    tensors = {"embeddings.cls_token": torch.ones(1, 1, 96)}
+    for part, height in zip(("query", "key", "value"), heights, strict=True):
+        tensors[f"encoder.layer.0.attention.attention.{part}.weight"] = torch.ones(height, 96)
+    torch.save(tensors, tmp_path / "a.bin")
+    with pytest.raises(UserError, match="do not belong together"):
+        read_network(tmp_path / "a.bin")
 
 
 def test_a_note_on_another_layer_norm(tmp_path: Path) -> None:

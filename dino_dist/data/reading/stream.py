@@ -123,7 +123,7 @@ class SampleReader:
         where = redacted(self.dataset.shards[shard].location)
         raise UserError(
             f"{where}: {len(bad)} bad samples in a row from key {bad[0].key!r} on "
-            f"(first: {bad[0].reason}); replace the shard (`dino-dist shards check` lists all)"
+            f"(first: {bad[0].reason}); replace them (of shards, `dino-dist shards check` lists all)"
         )
 
     def _candidate(self, sample_id: int, shard: int, number: int) -> int | None:
