@@ -13,21 +13,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from launch.results import AsJson, Overrides
+
 if TYPE_CHECKING:
     from launch.submit import Request, Submitted
 
 cluster_app = typer.Typer()
 
-AsJson = Annotated[bool, typer.Option("--json", help="JSON alone on stdout.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 
 
 @cluster_app.command()
 def launch(
     config: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, as in train.batch_size=64.")
-    ] = None,
+    overrides: Overrides = None,
     nodes: Annotated[str, typer.Option(metavar="N|MIN-MAX", help="Nodes; with a range, what can be had.")] = "1",
     gpus_per_node: Annotated[int | None, typer.Option(help="GPUs of each node; default 0.", min=0)] = None,
     tasks_per_node: Annotated[int | None, typer.Option(help="Ranks a node; default one a GPU.", min=1)] = None,

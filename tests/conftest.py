@@ -11,6 +11,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
+from dino_dist.config import AugmentSection
 from dino_dist.data.crops.crop_parameters import Column, ViewRecipe, draw
 from dino_dist.dist import World
+from dino_dist.views import view_recipes
 
 TIMEOUT_S = 90.0
 
@@ -227,18 +230,4 @@ def pictures() -> type[Pictures]:
 @pytest.fixture(scope="session")
 def full_recipe() -> ViewRecipe:
     """Every operation may happen."""
-    return ViewRecipe(
-        size_px=32,
-        scale=(0.4, 1.0),
-        ratio=(3 / 4, 4 / 3),
-        flip_p=0.5,
-        jitter_p=0.8,
-        brightness=0.4,
-        contrast=0.4,
-        saturation=0.2,
-        hue=0.1,
-        gray_p=0.2,
-        blur_p=0.5,
-        blur_sigma_px=(0.1, 2.0),
-        solarize_p=0.2,
-    )
+    return replace(view_recipes(AugmentSection())[1], size_px=32, blur_p=0.5)

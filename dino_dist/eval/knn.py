@@ -94,29 +94,6 @@ def knn_predictions(
     return {setting: torch.cat(chunks) for setting, chunks in parts.items()}
 
 
-def knn_predict(
-    train_features: Tensor,
-    train_labels: Tensor,
-    test_features: Tensor,
-    *,
-    k: Sequence[int],
-    temperature: float = 0.07,
-    test_chunk: int = 1024,
-    train_chunk: int = 65536,
-) -> dict[int, Tensor]:
-    """`knn_predictions` at one temperature: by `k`."""
-    predicted = knn_predictions(
-        train_features,
-        train_labels,
-        test_features,
-        k=k,
-        temperatures=[temperature],
-        test_chunk=test_chunk,
-        train_chunk=train_chunk,
-    )
-    return {wanted: ranked for (wanted, _), ranked in predicted.items()}
-
-
 def _vote(
     similarity: Tensor, label: Tensor, num_classes: int, k: Sequence[int], temperature: float
 ) -> Mapping[int, Tensor]:

@@ -142,8 +142,6 @@ def _check(config: Config, weights: NetworkWeights) -> None:
             "labelled images are needed: give data.eval_train=PATH data.eval_test=PATH, each a folder of shards, or a "
             "folder with a sub-folder of images for each class"
         )
-    if weights.shape.in_channels != 3:
-        raise UserError(f"{weights.source} sees images of {weights.shape.in_channels} channels: it must be 3 (RGB)")
     patch, crop_px = weights.shape.patch_size, config.eval.crop_px
     if crop_px % patch:
         near = max(patch, round(crop_px / patch) * patch)

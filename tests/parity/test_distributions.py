@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest, chi2_contingency, chisquare, ks_2samp, kstest
 from torchvision.transforms import ColorJitter, RandomResizedCrop, v2
 
+from dino_dist.config import AugmentSection
 from dino_dist.data.crops.crop_parameters import Column, ViewRecipe, draw
+from dino_dist.views import view_recipes
 
 pytestmark = pytest.mark.slow
 
@@ -29,22 +31,8 @@ PValues = dict[str, float]
 LEVEL = 0.01
 NUM_DRAWS = 200_000
 
-GLOBAL = ViewRecipe(
-    size_px=224,
-    scale=(0.4, 1.0),
-    ratio=(3 / 4, 4 / 3),
-    flip_p=0.5,
-    jitter_p=0.8,
-    brightness=0.4,
-    contrast=0.4,
-    saturation=0.2,
-    hue=0.1,
-    gray_p=0.2,
-    blur_p=0.1,
-    blur_sigma_px=(0.1, 2.0),
-    solarize_p=0.2,
-)
-LOCAL = replace(GLOBAL, size_px=96, scale=(0.05, 0.4), blur_p=0.5, solarize_p=0.0)
+GLOBAL, LOCAL = view_recipes(AugmentSection())[1:3]
+"""The second global crop and a local one, as published."""
 RECIPES = {"global": GLOBAL, "local": LOCAL}
 
 PHOTOGRAPH, TINY, PANORAMA, STRIP, TOWER = (375, 500), (7, 5), (300, 900), (200, 1200), (1200, 200)

@@ -16,7 +16,9 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import chi2_contingency
 
-from dino_dist.data.crops.crop_parameters import Column, ViewRecipe, draw
+from dino_dist.config import AugmentSection
+from dino_dist.data.crops.crop_parameters import Column, draw
+from dino_dist.views import view_recipes
 
 pytestmark = pytest.mark.slow
 
@@ -26,21 +28,7 @@ Categories = NDArray[np.int64]
 LEVEL = 0.01
 NUM_DRAWS = 200_000
 
-GATED = ViewRecipe(
-    size_px=96,
-    scale=(0.05, 0.4),
-    ratio=(3 / 4, 4 / 3),
-    flip_p=0.5,
-    jitter_p=0.5,
-    brightness=0.4,
-    contrast=0.4,
-    saturation=0.2,
-    hue=0.1,
-    gray_p=0.5,
-    blur_p=0.5,
-    blur_sigma_px=(0.1, 2.0),
-    solarize_p=0.5,
-)
+GATED = replace(view_recipes(AugmentSection())[2], jitter_p=0.5, gray_p=0.5, blur_p=0.5, solarize_p=0.5)
 """Each gate open half of the time, which tells most; boxes that always fit, as area and ratio depend where not."""
 ON = replace(GATED, jitter_p=1.0, blur_p=1.0)
 """Every factor shows."""

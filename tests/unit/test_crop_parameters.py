@@ -12,26 +12,14 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest, chisquare, ks_2samp, kstest
 from torchvision.transforms import RandomResizedCrop
 
+from dino_dist.config import AugmentSection
 from dino_dist.data.crops.crop_parameters import Column, ViewRecipe, draw
 from dino_dist.errors import UserError
 from dino_dist.randomness import Purpose, sample_words
+from dino_dist.views import view_recipes
 
-GLOBAL = ViewRecipe(
-    size_px=224,
-    scale=(0.4, 1.0),
-    ratio=(3 / 4, 4 / 3),
-    flip_p=0.5,
-    jitter_p=0.8,
-    brightness=0.4,
-    contrast=0.4,
-    saturation=0.2,
-    hue=0.1,
-    gray_p=0.2,
-    blur_p=0.1,
-    blur_sigma_px=(0.1, 2.0),
-    solarize_p=0.2,
-)
-LOCAL = replace(GLOBAL, size_px=96, scale=(0.05, 0.4), blur_p=0.5, solarize_p=0.0)
+GLOBAL, LOCAL = view_recipes(AugmentSection())[1:3]
+"""The second global crop and a local one, as published."""
 NUM_DRAWS = 20_000
 
 

@@ -20,7 +20,6 @@ from dino_dist.eval.knn import (
     KnnAccuracy,
     knn_accuracies,
     knn_accuracy,
-    knn_predict,
     knn_predictions,
     nearest_neighbors,
 )
@@ -44,7 +43,9 @@ def test_predictions_equal_scikit_learn_in_float64(k: int, temperature: float) -
         k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / temperature)
     ).fit(train.numpy(), train_labels.numpy())
     probabilities = reference.predict_proba(test.numpy())
-    predicted = knn_predict(train, train_labels, test, k=[k], temperature=temperature, test_chunk=32, train_chunk=64)[k]
+    (predicted,) = knn_predictions(
+        train, train_labels, test, k=[k], temperatures=[temperature], test_chunk=32, train_chunk=64
+    ).values()
     assert predicted[:, 0].tolist() == reference.predict(test.numpy()).tolist()
     voted = np.take_along_axis(probabilities, predicted.clamp(min=0).numpy(), 1)
     order = -np.sort(-probabilities, axis=1)[:, :5]
@@ -101,7 +102,11 @@ def test_all_temperatures_at_once_are_those_one_by_one() -> None:
 def test_a_hundred_thousand_classes_fit_in_memory() -> None:
     train = torch.eye(8).repeat(12_500, 1)
     labels = torch.arange(100_000)
-    assert knn_predict(train, labels, torch.eye(8)[:3], k=[1])[1][:, 0].tolist() == [0, 1, 2]
+    assert knn_predictions(train, labels, torch.eye(8)[:3], k=[1], temperatures=[0.07])[1, 0.07][:, 0].tolist() == [
+        0,
+        1,
+        2,
+    ]
 
 
 @pytest.mark.parametrize(("train_chunk", "test_chunk"), [(1, 1), (7, 3), (1000, 1000)])
@@ -125,11 +130,12 @@ def test_ties_go_to_the_lowest_index(train_chunk: int) -> None:
 
 def test_a_tied_vote_goes_to_the_lowest_class() -> None:
     train = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
-    assert knn_predict(train, torch.tensor([4, 2]), train[:1], k=[2])[2].tolist() == [[2, 4]]
+    assert knn_predictions(train, torch.tensor([4, 2]), train[:1], k=[2], temperatures=[0.07])[2, 0.07].tolist() == [
+        [2, 4]
+    ]
     three = torch.tensor([4, 2, 9])
-    assert knn_predict(train[[0, 1, 1]] * torch.tensor([[1.0], [1.0], [-1.0]]), three, train[:1], k=[2])[
-        2
-    ].tolist() == [[2, 4, -1]]
+    mirrored = train[[0, 1, 1]] * torch.tensor([[1.0], [1.0], [-1.0]])
+    assert knn_predictions(mirrored, three, train[:1], k=[2], temperatures=[0.07])[2, 0.07].tolist() == [[2, 4, -1]]
 
 
 def test_one_test_image_and_fewer_train_images_than_k() -> None:
@@ -172,7 +178,7 @@ def test_features_that_are_not_finite_are_a_user_error() -> None:
     train, train_labels = blobs(30, 3, 4)
     train[3, 2] = torch.nan
     with pytest.raises(UserError, match="features of 1 of 30 train images are not finite"):
-        knn_predict(train, train_labels, train[:1], k=[1])
+        knn_predictions(train, train_labels, train[:1], k=[1], temperatures=[0.07])
 
 
 def _rank(rank: int, size: int, folder: Path) -> None:
