@@ -34,7 +34,7 @@ from dino_dist.report.write import write_report
 from dino_dist.run_folder import RunFolder
 from launch.cli_report import report
 
-TINY = Path(__file__).parents[1] / "tiny.yaml"
+TINY = Path(__file__).parents[2] / "tiny.yaml"
 BEGIN_S = 1_900_000_000.0
 HOSTILE = (
     "'\"><script>document.documentElement.id='owned'</script><img src=x onerror=document.documentElement.id='owned'>"
