@@ -34,9 +34,12 @@ class _Start:
 
 
 def check_source(config: Config, folder: RunFolder) -> None:
-    """Before the data are read: `UserError` if a run that begins now has nothing to start from."""
+    """Before the data are read: `UserError` if a run that begins now has nothing to start from.
+
+    The folder need not exist yet.
+    """
     source = config.model.init_from
-    if source is None or committed(folder.checkpoints):
+    if source is None or (folder.checkpoints.is_dir() and committed(folder.checkpoints)):
         return
     try:
         Path(source).stat()

@@ -67,7 +67,8 @@ def make_plan(config: Config, options: JobOptions, *, index_dir: Path, accept_ch
     """Resolve a config for a job and find whatever its ranks would refuse, as the same `UserError`.
 
     Opens the data sets, which are indexed if they are new: beside the shards, or below `index_dir` where that cannot
-    be written to. What depends on the GPUs of the compute nodes is not checked.
+    be written to. What depends on the GPUs of the compute nodes is not checked, nor whether the weights of
+    `model.init_from` fit: only that they are there.
     """
     _check_worlds(config, options)
     samples = training_set(config.data, index_dir)
@@ -126,15 +127,18 @@ def _local_sizes(nodes: int, tasks_per_node: int, *, limit: int) -> list[int]:
 
 
 def _check_networks(config: Config, *, accept_changes: bool) -> None:
-    """Sizes of the networks, and whether the run folder may go on with this config."""
+    """Sizes of the networks, what they start from, and whether the run folder may go on with this config."""
     # These modules import torch, which takes seconds: after all that fails sooner.
     import torch
 
     from dino_dist.build import check_strategy
+    from dino_dist.init_from import check_source
     from dino_dist.run_session import check_continues
 
+    folder = RunFolder(Path(config.run.dir))
     check_strategy(config, torch.device("cpu"))
-    check_continues(RunFolder(Path(config.run.dir)), config, accept_changes=accept_changes)
+    check_continues(folder, config, accept_changes=accept_changes)
+    check_source(config, folder)
 
 
 def _ceil(number: int, parts: int) -> int:

@@ -9,7 +9,9 @@ torchvision's downloader fetches them. Writes DST/train and DST/test for data.tr
 from __future__ import annotations
 
 import gzip
+import sys
 import tempfile
+import zlib
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +29,10 @@ SPLITS = {"train": "train", "test": "t10k"}
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
     """A gzipped idx file of unsigned bytes: magic 0x08 and the number of dimensions, big-endian sizes, values."""
-    content = gzip.decompress(path.read_bytes())
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read ({error}): give a folder with the four published files") from None
     if content[:3] != b"\0\0\x08":
         raise UserError(f"{path} is not an idx file of bytes: give a folder with the four published files")
     dimensions = content[3]
@@ -43,16 +48,18 @@ def find_source(source: Path | None, downloads: Path) -> Path:
         return DEBIAN
     from torchvision.datasets import FashionMNIST
 
-    FashionMNIST(str(downloads), download=True)
+    try:
+        FashionMNIST(str(downloads), download=True)
+    except (OSError, RuntimeError) as error:  # torchvision's word for: no mirror answered
+        raise UserError(
+            f"Fashion-MNIST cannot be downloaded ({' '.join(str(error).split())}): give --source FOLDER with the four "
+            "published idx files, or install Debian's package dataset-fashion-mnist"
+        ) from None
     return downloads / "FashionMNIST" / "raw"
 
 
-def main(
-    destination: Annotated[Path, typer.Argument(help="Folder for the shards.")],
-    source: Annotated[Path | None, typer.Option(help="Folder with the four idx files.")] = None,
-    workers: Annotated[int, typer.Option(help="Processes.")] = 2,
-) -> None:
-    """Write Fashion-MNIST as tar shards."""
+def write_shards(destination: Path, source: Path | None = None, workers: int = 2) -> None:
+    """Write both splits; `UserError` where the published files cannot be had."""
     folder = find_source(source, destination / "downloads")
     for split, prefix in SPLITS.items():
         images = read_idx(folder / f"{prefix}-images-idx3-ubyte.gz")
@@ -66,6 +73,19 @@ def main(
                 pictures, destination / split, BuildOptions(samples_per_shard=2000), num_workers=workers
             )
         print(f"{split}: {report.dataset.num_samples} images in {len(report.dataset.shards)} shards")
+
+
+def main(
+    destination: Annotated[Path, typer.Argument(help="Folder for the shards.")],
+    source: Annotated[Path | None, typer.Option(help="Folder with the four idx files.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes.", min=1)] = 2,
+) -> None:
+    """Write Fashion-MNIST as tar shards."""
+    try:
+        write_shards(destination, source, workers)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from error
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from bench_data import machine
-from fashion_mnist_shards import main as write_shards
+from fashion_mnist_shards import write_shards
 from learning_curve import Curve, draw_curves
 from plain_dino import check_plain, train_plain
 from rich.console import Console
@@ -78,7 +78,7 @@ def find_shards(folder: Path) -> Path:
     """The shards in `folder`, written now where there are none; complete once they have their name."""
     if not (folder / "train").is_dir():
         unfinished = folder.with_name(folder.name + ".unfinished")
-        write_shards(unfinished, None, 2)
+        write_shards(unfinished)
         unfinished.rename(folder)
     return folder
 

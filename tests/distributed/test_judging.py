@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -184,32 +183,43 @@ def signs(count: int, seed: int) -> torch.Tensor:
     return torch.randint(0, 2, (count, 16), generator=torch.Generator().manual_seed(seed)).double() * 2 - 1
 
 
-def knn_share(world: World) -> list[tuple[int, float, float]]:
-    train, test = signs(200, 1), signs(51, 2)
-    labels = partial(torch.randint, 0, 4)
-    train_labels, test_labels = labels((200,), generator=torch.Generator().manual_seed(3)), torch.zeros(51).long()
-    results = knn_accuracies(
-        train, train_labels, test, test_labels, k=[1, 10, 20], temperatures=[0.07, 0.2], world=world
-    )
-    return [(result.k, result.temperature, result.top1) for result in results]
+def labels_of(count: int) -> torch.Tensor:
+    return torch.randint(0, 4, (count,), generator=torch.Generator().manual_seed(3))
 
 
-def test_two_ranks_find_scikit_learns_neighbors(ranks: Callable[..., list[Any]]) -> None:
-    train, test = signs(200, 1).numpy(), signs(51, 2).numpy()
-    labels = torch.randint(0, 4, (200,), generator=torch.Generator().manual_seed(3)).numpy()
-    distances, indices = (
-        NearestNeighbors(n_neighbors=200, algorithm="brute", metric="cosine").fit(train).kneighbors(test)
+def hits(world: World, k: int, temperature: float, labels: list[int]) -> float:
+    """The share of the 51 test rows whose prediction is that of `labels`."""
+    (result,) = knn_accuracies(
+        *(signs(200, 1), labels_of(200), signs(51, 2), torch.tensor(labels)),
+        k=[k],
+        temperatures=[temperature],
+        world=world,
     )
+    return result.top1
+
+
+def all_hits(world: World, expected: list[tuple[int, float, list[int]]]) -> list[float]:
+    return [hits(world, *setting) for setting in expected]
+
+
+def test_any_ranks_predict_what_scikit_learns_exact_neighbors_do(ranks: Callable[..., list[Any]]) -> None:
+    """Judged by its predictions as labels, every test row has to be a hit."""
+    train, test, labels = signs(200, 1).numpy(), signs(51, 2).numpy(), labels_of(200).numpy()
+    search = NearestNeighbors(n_neighbors=200, algorithm="brute", metric="cosine").fit(train)
+    distances, indices = search.kneighbors(test)
     expected = []
     for temperature in (0.07, 0.2):
         for k in (1, 10, 20):
-            hits = 0
+            winners = []
             for distance, index in zip(distances, indices, strict=True):
                 nearest = np.lexsort((index, distance))[:k]
-                votes = np.zeros(4)
-                for place in nearest:
-                    votes[labels[index[place]]] += np.exp(-distance[place] / temperature)
-                hits += int(votes.argmax() == 0)
-            expected.append((k, temperature, hits / 51))
-    assert ranks(2, knn_share) == [expected, expected]
-    assert knn_share(World()) == expected
+                votes = np.bincount(labels[index[nearest]], np.exp(-distance[nearest] / temperature), 4)
+                winners.append(int(votes.argmax()))
+            expected.append((k, temperature, winners))
+    assert {winner for _, _, winners in expected for winner in winners} == {0, 1, 2, 3}
+    everything = [1.0] * len(expected)
+    assert all_hits(World(), expected) == everything
+    for size in (2, 3):
+        assert ranks(size, all_hits, expected) == [everything] * size
+    one_wrong = [(k, temperature, [(winners[0] + 1) % 4, *winners[1:]]) for k, temperature, winners in expected]
+    assert all_hits(World(), one_wrong) == [50 / 51] * len(expected)

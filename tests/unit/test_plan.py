@@ -64,6 +64,7 @@ def test_accumulation_makes_the_parts_smaller(config: Callable[..., Config], tmp
         (("train.compile=true", "parallel.activation_checkpointing=fairscale"), (1, 1), 1, r"cannot trace"),
         (("data.train=/nowhere",), (1, 1), 1, r"/nowhere does not exist"),
         (("data.eval_test=/nowhere",), (1, 1), 1, r"/nowhere does not exist"),
+        (("model.init_from=/nowhere",), (1, 1), 1, r"model.init_from=/nowhere does not exist"),
     ],
 )
 def test_what_the_ranks_would_refuse(
