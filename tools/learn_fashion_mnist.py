@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -102,19 +104,27 @@ def baselines(config: Config, index_dir: Path, console: Console) -> dict[str, fl
 def train_system(proof: Proof, images: int, seed: int, run: str) -> Curve:
     """Train by the command line, or go on with what an earlier start has left; what its run folder says of it."""
     settings = proof.settings(images, seed, run)
-    started_s = time.monotonic()
     code = run_ranks([sys.executable, "-m", "launch.cli", "train", proof.recipe, *settings], proof.nproc)
     if code:
         raise SystemExit(code)
-    rows = read_rows(RunFolder(proof.folder / run).metrics)
+    folder = RunFolder(proof.folder / run)
+    rows = read_rows(folder.metrics)
     batch = proof.config(images, seed, run).train.batch_size
     return Curve(
         name="system",
         seed=seed,
         knn_top1={row["step"] * batch: row["knn_top1"] for row in rows if row.get("knn_top1") is not None},
         images_per_s=statistics.median([row["images_per_s"] for row in rows if "images_per_s" in row]),
-        seconds=time.monotonic() - started_s,
+        seconds=seconds_of_all_starts(read_rows(folder.ledger)),
     )
+
+
+def seconds_of_all_starts(ledger: list[dict[str, Any]]) -> float:
+    """From the first to the last word of each start, added up; what a kill took after the last word is not in it."""
+    times: dict[int, list[datetime]] = {}
+    for row in ledger:
+        times.setdefault(row["attempt"], []).append(datetime.fromisoformat(row["time"]))
+    return sum((max(said) - min(said)).total_seconds() for said in times.values())
 
 
 def train_plainly(proof: Proof, images: int, seed: int, console: Console) -> Curve:
@@ -144,9 +154,11 @@ def images_for(proof: Proof, minutes: float, console: Console) -> int:
         return int(length.amount)
     batch = proof.config(1, 0, "trial").train.batch_size
     trial_images = TRIAL_STEPS * batch
+    shutil.rmtree(proof.folder / "trial", ignore_errors=True)  # one that is over already would take no time
+    started_s = time.monotonic()
     trial = train_system(replace(proof, evaluations=1), trial_images, 0, "trial")
     # What is not training is a start and a judgement: as much again for each judgement leaves some time over.
-    overhead_s = trial.seconds - trial_images / trial.images_per_s
+    overhead_s = time.monotonic() - started_s - trial_images / trial.images_per_s
     left_s = minutes * 60 - proof.evaluations * overhead_s
     images = int(left_s * trial.images_per_s)
     if images < LEAST_STEPS * batch:
@@ -212,7 +224,7 @@ def prove(
     proof: Proof, console: Console, *, images: int | None, minutes: float | None, seeds: int, against_plain: bool
 ) -> tuple[dict[str, Any], list[Curve]]:
     """Run all trainings; the result document, and its curves."""
-    started_s = time.monotonic()
+    origin = provenance()  # now: the tree may change while the trainings run
     if against_plain:
         check_plain(proof.config(1, 0, "plain-0"))
     config = proof.config(1, 0, "system-0")
@@ -226,12 +238,12 @@ def prove(
         if against_plain:
             curves.append(train_plainly(proof, images, seed, console))
     document = {
-        **provenance(),
+        **origin,
         **before,
         "k": max(config.eval.knn_k),
         "recipe": proof.recipe,
         "ranks": proof.nproc,
-        "hours": (time.monotonic() - started_s) / 3600,
+        "hours": sum(curve.seconds for curve in curves) / 3600,
         "runs": [asdict(curve) for curve in curves],
         "comparison": compare(curves),
     }

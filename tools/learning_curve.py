@@ -19,7 +19,7 @@ class Curve:
     images_per_s: float
     """Of training alone."""
     seconds: float
-    """Start, training and judgements together."""
+    """Training and judgements together, of all starts."""
 
     @property
     def last(self) -> float:

@@ -117,3 +117,12 @@ def test_the_verdict(
 
 def test_without_plain_runs_there_is_no_verdict(tool: ModuleType) -> None:
     assert tool.compare(curves_of(tool, [0.8, 0.7], [])) is None
+
+
+def test_time_is_that_of_all_starts(tool: ModuleType) -> None:
+    """The night between two starts is no training."""
+    ledger = [
+        {"attempt": attempt, "time": f"2030-01-0{day}T10:{minute:02d}:00.000000+00:00"}
+        for attempt, day, minute in ((1, 1, 0), (1, 1, 7), (1, 1, 5), (2, 2, 30), (2, 2, 33))
+    ]
+    assert tool.seconds_of_all_starts(ledger) == 600
