@@ -93,5 +93,5 @@ def count_bad_samples(run: Run, step: int, new: int) -> None:
         with said_by_rank_zero(run.world):
             raise UserError(
                 f"{run.bad_samples} samples could not be decoded, more than data.max_bad_fraction={share:g} of {seen}: "
-                f"see {run.session.bad_samples_file}, mend the shards or raise the limit"
+                f"see {run.session.bad_samples_file}; raise the limit, or mend the shards and begin a new run folder"
             )

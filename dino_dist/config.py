@@ -47,8 +47,10 @@ class DataSection:
     """WebDataset tar shards and how they are read."""
 
     train: str = ""
-    """A folder of .tar shards, a brace or glob pattern, a manifest, a URL of these (http, https, s3, gs), or a mixture
-    file (.yaml); indexed on first use, which reads it once (`dino-dist shards index` does so before)."""
+    """A folder of .tar shards, a brace or glob pattern, a manifest, a URL of these, or a mixture file (.yaml);
+    indexed on first use, which reads it once (or before, by `dino-dist shards index`)."""
+    index_dir: str | None = None
+    """For the indexes of shards whose own folder cannot be written (a URL, say); null: `run.dir/index`."""
     eval_train: str | None = None
     """Labelled shards whose features vote in k-NN; null: no k-NN."""
     eval_test: str | None = None
@@ -383,8 +385,8 @@ class Config:
 
 
 MAY_CHANGE_ON_RESUME = (
-    *("run.dir", "run.requeue", "run.max_idle_restarts"),
-    *("data.num_workers", "data.buffer_mib", "data.cache_", "data.store_", "data.eval_"),
+    *("run.dir", "run.requeue", "run.max_idle_restarts", "data.num_workers", "data.buffer_mib", "data.index_dir"),
+    *("data.max_bad_fraction", "data.cache_", "data.store_", "data.eval_"),
     *("train.accumulate", "checkpoint.", "metrics.", "eval.", "parallel."),
 )
 """Prefixes of the keys that a resumed run may set otherwise: they change no result beyond rounding."""

@@ -158,10 +158,12 @@ def _check_stores(config: Config) -> None:
     """A store that fails for good must be told before the watchdog takes the wait for a hang."""
     data, limit_s = config.data, config.parallel.timeout_s
     specs = (data.train, data.eval_train, data.eval_test)
-    longest_s = data.store_attempts * data.store_timeout_s
+    # A shard that another process fetches into the cache is waited for as long as one request, then read all the same.
+    longest_s = (data.store_attempts + (data.cache_dir is not None)) * data.store_timeout_s
     if longest_s >= limit_s and any("://" in spec for spec in specs if spec):
+        waiting = " and a wait for the cache" if data.cache_dir is not None else ""
         raise UserError(
-            f"data.store_attempts={data.store_attempts} requests of data.store_timeout_s={data.store_timeout_s:g} s "
-            f"may take {longest_s:g} s, but parallel.timeout_s={limit_s:g} s ends a rank that waits so long: lower the "
-            "first two or raise the last"
+            f"data.store_attempts={data.store_attempts} requests of data.store_timeout_s={data.store_timeout_s:g} s"
+            f"{waiting} may take {longest_s:g} s, but parallel.timeout_s={limit_s:g} s ends a rank that waits so long: "
+            "lower the first two or raise the last"
         )

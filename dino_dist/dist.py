@@ -180,17 +180,18 @@ class World:
 
         Its `UserError` becomes one of all ranks, said by rank 0; its `StopAsked` is raised on all of them.
         """
-        message, stop_word, result = "", 0, None
+        problem: UserError | None = None
+        stop_word, result = 0, None
         if self.is_first:
             try:
                 result = action()
             except UserError as error:
-                message = str(error)
+                problem = error
             except StopAsked as asked:
                 stop_word = asked.word
-        message, stop_word, result = self.broadcast((message, stop_word, result))
-        if message:
-            raise UserError(message) if self.is_first else SaidByRankZero(message)
+        problem, stop_word, result = self.broadcast((problem, stop_word, result))
+        if problem is not None:
+            raise problem if self.is_first else SaidByRankZero(str(problem), may_pass=problem.may_pass)
         if stop_word:
             raise StopAsked(stop_word)
         return cast(T, result)

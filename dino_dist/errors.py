@@ -4,12 +4,17 @@
 class UserError(Exception):
     """The input is wrong: the message is one line that names the thing, its value, what is allowed and what to do.
 
-    The command line prints it without a traceback and exits with 2.
+    The command line prints it without a traceback and exits with 2. Where the input `may_pass` another time (a store
+    or a file system that fails at the moment) it exits with 1, and a launched job is requeued.
     """
+
+    def __init__(self, message: str, *, may_pass: bool = False) -> None:
+        super().__init__(message)
+        self.may_pass = may_pass
 
 
 class SaidByRankZero(UserError):
-    """The same `UserError` on another rank: it ends with 2 as well, but rank 0 prints the line."""
+    """The same `UserError` on another rank: it ends with the same code, but rank 0 prints the line."""
 
 
 class RunFailed(Exception):

@@ -41,9 +41,14 @@ def store_options(data: DataSection) -> StoreOptions:
     )
 
 
+def index_home(data: DataSection, index_dir: Path) -> Path:
+    """Where the indexes go that cannot lie beside their shards: `data.index_dir` if it is set, else `index_dir`."""
+    return index_dir if data.index_dir is None else Path(data.index_dir)
+
+
 def training_set(data: DataSection, index_dir: Path, poll: Poll = nothing_to_poll) -> TrainingSet:
     """What `data.train` names, indexed; `poll` is called between shards and may raise."""
-    return open_training_set(data.train, fallback_dir=index_dir, store=store_options(data), poll=poll)
+    return open_training_set(data.train, fallback_dir=index_home(data, index_dir), store=store_options(data), poll=poll)
 
 
 def labelled_set(spec: str, data: DataSection, index_dir: Path, poll: Poll = nothing_to_poll) -> DatasetIndex:
@@ -58,16 +63,17 @@ def labelled_sets(
 
     The sub-folders of a folder of images are its classes. `UserError` as `open_dataset` and `class_numbers` say.
     """
+    home = index_home(data, index_dir)
     found = [find_image_files(spec) for spec in specs]
     # First, as one that does not exist says more than classes that do not match.
     opened = {
-        spec: open_dataset(spec, fallback_dir=index_dir, store=store_options(data), poll=poll)
+        spec: open_dataset(spec, fallback_dir=home, store=store_options(data), poll=poll)
         for spec, files in zip(specs, found, strict=True)
         if files is None
     }
     numbers = class_numbers(found, specs)
     return [
-        opened[spec] if files is None else open_image_files(files, spec, numbers, index_dir)
+        opened[spec] if files is None else open_image_files(files, spec, numbers, home)
         for spec, files in zip(specs, found, strict=True)
     ]
 

@@ -165,7 +165,7 @@ def said_by_rank_zero(world: World) -> Iterator[None]:
     except UserError as error:
         if world.is_first:
             raise
-        raise SaidByRankZero(str(error)) from None
+        raise SaidByRankZero(str(error), may_pass=error.may_pass) from None
 
 
 def check_continues(folder: RunFolder, config: Config, *, accept_changes: bool) -> list[str]:
@@ -208,5 +208,5 @@ def write_config(folder: RunFolder, config: Config) -> None:
 def _exit_code_for_good(error: Exception) -> int | None:
     """The exit code of an error that a restart would not mend; None for others."""
     if isinstance(error, UserError):
-        return BAD_INPUT
+        return None if error.may_pass else BAD_INPUT
     return NO_RESTART_HELPS if isinstance(error, NoRestartHelps) else None

@@ -26,6 +26,8 @@ from launch.cli_retrieval import retrieval_app
 from launch.results import AsJson, Overrides, print_result
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+IndexDir = Annotated[Path, typer.Option(help="Of indexes that cannot lie beside their shards (data.index_dir).")]
+_INDEX_DIR = Path("shard-index")
 shards_app = typer.Typer(no_args_is_help=True, help="Make, index and check WebDataset tar shards.")
 app.add_typer(shards_app, name="shards")
 app.add_typer(eval_app, name="eval")
@@ -91,6 +93,7 @@ def doctor(
     data: Annotated[str | None, typer.Option("--data", help="Measure these shards (as data.train) instead.")] = None,
     images_per_s: Annotated[float | None, typer.Option(help="Of --data: what one of your GPUs trains on.")] = None,
     num_threads: Annotated[int | None, typer.Option("--threads", help="Of --data: decode threads.", min=1)] = None,
+    index_dir: IndexDir = _INDEX_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Say what works on this machine and, with --slurm, on the cluster; what does not, and why.
@@ -104,7 +107,7 @@ def doctor(
     if data is not None:
         if slurm:
             raise UserError("--data and --slurm are two examinations: ask for one at a time")
-        _examine_data(data, images_per_s, num_threads, as_json)
+        _examine_data(data, images_per_s, num_threads, index_dir, as_json)
         return
     from launch.cluster_file import Settings, cluster_file_path, job_options, read_cluster_file
     from launch.doctor import examine, table
@@ -119,13 +122,15 @@ def doctor(
         table(findings)
 
 
-def _examine_data(spec: str, images_per_s: float | None, num_threads: int | None, as_json: bool) -> None:
+def _examine_data(
+    spec: str, images_per_s: float | None, num_threads: int | None, index_dir: Path, as_json: bool
+) -> None:
     from dataclasses import asdict
 
     from launch.data_doctor import DataQuestions, examine_data, table
 
     questions = DataQuestions(num_threads=num_threads, images_per_s=images_per_s)
-    report = examine_data(spec, questions, fallback_dir=Path.cwd() / "shard-index")
+    report = examine_data(spec, questions, fallback_dir=index_dir.absolute())
     if as_json:
         print(json.dumps(asdict(report)))
     else:
@@ -166,14 +171,20 @@ def shards_build(
 @shards_app.command("index")
 def shards_index(
     shards: Annotated[str, typer.Argument(help="A folder, a brace or glob pattern, or a manifest.")],
+    index_dir: IndexDir = _INDEX_DIR,
     as_json: AsJson = False,
 ) -> None:
-    """Index shards made by others (img2dataset, public webdatasets)."""
+    """Index shards made by others (img2dataset, public webdatasets), beside them or where `indexes` says."""
     from dino_dist.config import Config
     from dino_dist.inputs import labelled_set
 
-    dataset = labelled_set(shards, Config().data, Path.cwd() / "shard-index")
-    result = {"shards": len(dataset.shards), "samples": dataset.num_samples, "hash": dataset.hash}
+    dataset = labelled_set(shards, Config().data, index_dir.absolute())
+    result = {
+        "shards": len(dataset.shards),
+        "samples": dataset.num_samples,
+        "hash": dataset.hash,
+        "indexes": str(dataset.shards[0].index_path.parent),
+    }
     print_result(result, as_json)
 
 
@@ -181,6 +192,7 @@ def shards_index(
 def shards_check(
     shards: Annotated[str, typer.Argument(help="A folder, a brace or glob pattern, or a manifest.")],
     workers: Annotated[int, typer.Option(help="Processes.", min=1)] = os.cpu_count() or 1,
+    index_dir: IndexDir = _INDEX_DIR,
     as_json: AsJson = False,
 ) -> None:
     """Decode every image and report; exit code 2 if any is bad."""
@@ -194,7 +206,7 @@ def shards_check(
     report = check_shards(
         shards,
         rules=decode_rules(data),
-        fallback_dir=Path.cwd() / "shard-index",
+        fallback_dir=index_dir.absolute(),
         num_workers=workers,
         store=store_options(data),
     )
@@ -216,11 +228,10 @@ def _exit_code(command: Callable[[], Any]) -> int:
         command()
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
-    except SaidByRankZero:
-        return BAD_INPUT
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+        if not isinstance(error, SaidByRankZero):
+            print(f"error: {error}", file=sys.stderr)
+        return FAILED if error.may_pass else BAD_INPUT
     except (RunFailed, Superseded) as error:
         if not isinstance(error, FailedTogether) or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(f"failed: {error}", file=sys.stderr)

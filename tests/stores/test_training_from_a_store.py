@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from dino_dist.config import DataSection
 from dino_dist.data.loading.loader import Batch, make_loader
 from dino_dist.data.order.order import Order
 from dino_dist.data.reading.decode import DecodeRules
@@ -16,6 +17,7 @@ from dino_dist.data.reading.shard_bytes import ShardBytes, StoreOptions
 from dino_dist.data.reading.stream import SampleReader
 from dino_dist.data.shards.index import open_dataset
 from dino_dist.errors import UserError
+from dino_dist.inputs import labelled_set, training_set
 
 KINDS = ("reset", "cut", "500", "503", "stall", "wrong", "whole", "elsewhere")
 BATCH_SIZE = 16
@@ -79,3 +81,18 @@ def test_a_store_that_refuses_ends_the_run_in_one_line(shards: Path, serve: Any,
     server.plan = lambda place, number: "403" if place.startswith("/2.tar ") and not place.endswith("bytes=0-0") else ""
     with pytest.raises(UserError, match=rf"^{server.url}/2\.tar: HTTP 403 [^\n]*$"):
         batches(f"{server.url}/", tmp_path / "index", StoreOptions(), num_workers=4, stop_step=10)
+
+
+def test_shards_of_a_store_are_indexed_once_for_all_runs(shards: Path, serve: Any, tmp_path: Path) -> None:
+    """`shards index --index-dir` and `data.index_dir` are one folder, wherever the run's own is."""
+    server = serve(shards)
+    spec, home = f"{server.url}/{{0..3}}.tar", tmp_path / "indexes"
+    before = labelled_set(spec, DataSection(), home)
+    assert before.shards[0].index_path.is_relative_to(home)
+    asked = server.requests_of("/0.tar")
+    for run in ("one", "two"):
+        samples = training_set(DataSection(train=spec, index_dir=str(home)), tmp_path / run / "index")
+        assert samples.dataset.hash == before.hash
+        assert samples.dataset.shards[0].index_path == before.shards[0].index_path
+        assert not (tmp_path / run).exists()
+    assert server.requests_of("/0.tar") - asked <= 2, "each run may look whether the size is still the same"

@@ -132,6 +132,7 @@ def test_a_value_of_another_type_names_its_key(override: str, named: str) -> Non
         (["augment.preset=dinov3", "augment.local_px=4", "model.patch_size=4"], "augment.local_px=4"),
         (["augment=[1]"], "augment"),
         (["data.train=s3://bucket/x", "parallel.timeout_s=200"], "data.store_timeout_s=30"),
+        (["data.train=s3://bucket/x", "data.cache_dir=c", "parallel.timeout_s=270"], "and a wait for the cache may"),
         (["augment.preset=[dinov3]"], "dinov2_as_trained"),
         (["augment.local_scale=[0.4,1.5]"], "augment.local_scale"),
         (["augment.blur_sigma_px=[0.1,.inf]"], "augment.blur_sigma_px"),

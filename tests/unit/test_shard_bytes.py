@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import pickle
@@ -18,6 +19,8 @@ from types import FrameType
 
 import pytest
 
+from dino_dist.data.loading.decode_process import Refused
+from dino_dist.data.reading import shard_bytes
 from dino_dist.data.reading.decode import BadSample
 from dino_dist.data.reading.open_files import OpenFiles
 from dino_dist.data.reading.shard_bytes import ShardBytes, StoreCounts, StoreOptions
@@ -149,13 +152,41 @@ def _threads_waiting_for_a_file() -> int:
     return count
 
 
-def test_an_error_of_the_file_system_names_the_shard(dataset: DatasetIndex) -> None:
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_bytes, "_PAUSES_S", (0.0, 0.0, 0.0))
+
+
+def test_a_file_system_that_fails_for_a_while_is_waited_for(
+    dataset: DatasetIndex, no_pauses: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, place, pread = ShardBytes(dataset=dataset), places_of(dataset, 0)[0], os.pread
+    expected = source.read(*place)
+    failures = iter([errno.ESTALE, errno.EIO, errno.EIO])
+
+    def fail_first(fd: int, size: int, offset: int) -> bytes:
+        code = next(failures, None)
+        if code is not None:
+            raise OSError(code, os.strerror(code))
+        return pread(fd, size, offset)
+
+    monkeypatch.setattr(os, "pread", fail_first)
+    assert source.read(*place) == expected
+    assert next(failures, None) is None
+    source.close()
+
+
+def test_an_error_of_the_file_system_names_the_shard(dataset: DatasetIndex, no_pauses: None) -> None:
     source = ShardBytes(dataset=dataset)
     location = Path(dataset.shards[0].location)
     location.rename(location.with_suffix(".kept"))
     location.symlink_to(location.name)
-    with pytest.raises(UserError, match=rf"^{location}: Too many levels of symbolic links; see to its file system"):
+    with pytest.raises(
+        UserError, match=rf"^{location}: Too many levels of symbolic links .*; see to its file"
+    ) as caught:
         source.read(*places_of(dataset, 0)[0])
+    assert caught.value.may_pass
+    assert pickle.loads(pickle.dumps(Refused(caught.value))).error.may_pass, "the rank hears of it from a process"
     source.close()
 
 

@@ -76,13 +76,40 @@ def test_a_bad_sample_is_replaced_by_the_next_of_its_shard(tmp_path: Path) -> No
     assert isinstance(reader.read_exactly(0), Sample)
 
 
-def test_too_many_bad_samples_end_the_run(tmp_path: Path) -> None:
+def test_damage_of_any_length_has_a_stand_in(tmp_path: Path) -> None:
+    """Nearby, then ever further off in the shard, then in the next: after the last shard comes the first."""
+    far = [b"bad"] * 40 + [png(40)] * 10
+    reader = make_reader(tmp_path / "s", [far, [b"bad"], [png(2), png(3)]])
+    sample = reader.read(9)
+    assert [record.sample_id for record in sample.bad] == [*range(9, 26)]
+    assert (sample.pixels == 40).all()
+    assert sample.label == 9 + 32
+    assert [record.sample_id for record in reader.read(3).bad] == [*range(3, 20), 3 + 32, 50]
+    other = reader.read(50)
+    assert [record.sample_id for record in other.bad] == [50]
+    assert (other.pixels == 2 + 50 % 2).all()
+    last = make_reader(tmp_path / "t", [[png(0)], [b"bad", b"bad"]])
+    assert (last.read(1).pixels == 0).all()
+    assert [record.sample_id for record in last.read(1).bad] == [1, 2]
+
+
+def test_only_members_stand_in(tmp_path: Path) -> None:
+    dataset = make_reader(tmp_path / "s", [[b"bad", png(1), b"bad", png(3)], [png(4)], [b"bad", png(6)]]).dataset
+    taken = {0: [0, 2], 1: [], 2: [5, 6]}
+    reader = SampleReader(dataset=dataset, rules=RULES, members=lambda shard: np.array(taken[shard], dtype=np.int64))
+    sample = reader.read(0)
+    assert (sample.pixels == 6).all()
+    assert [record.sample_id for record in sample.bad] == [0, 2, 5]
+
+
+def test_where_nothing_can_stand_in_the_run_ends(tmp_path: Path) -> None:
     reader = make_reader(tmp_path / "s", [[b"bad"] * 5 + [png(5)], [b"bad"]], max_substitutes=3)
-    with pytest.raises(UserError, match=r"0000\.tar: 4 bad samples in a row from key '0-0'"):
+    with pytest.raises(UserError, match=r"0000\.tar: .* key '0-0' is bad \(.*\), and so are 3 that could stand in"):
         reader.read(0)
     assert (reader.read(2).pixels == 5).all()
-    with pytest.raises(UserError, match=r"0001\.tar: 1 bad samples in a row"):
-        reader.read(6)
+    everything = make_reader(tmp_path / "t", [[b"bad"] * 30, [b"bad"] * 2])
+    with pytest.raises(UserError, match=r"0001\.tar: .* key '1-1' is bad \(.*\), and so are 18 that"):
+        everything.read(31)
 
 
 def test_members_over_the_limit_are_not_read(tmp_path: Path) -> None:
@@ -100,8 +127,9 @@ def test_shards_that_changed_or_went_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"0002\.tar: No such file"):
         reader.read(2)
     os.truncate(tmp_path / "s" / "0000.tar", 520)  # while it is open
-    with pytest.raises(UserError, match="truncated after it was indexed"):
-        reader.read(0)
+    cut = reader.read_exactly(0)
+    assert isinstance(cut, BadRecord)
+    assert "truncated after it was indexed" in cut.reason
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ class Placed:
 class Refused:
     """A `UserError` on its way to the rank, and the end."""
 
-    message: str
+    error: UserError
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class DecodeProcess:
                 return False
             self._reserve(work)
         except UserError as error:
-            self._placed.put(Refused(str(error)))
+            self._placed.put(Refused(error))
             return False
         except RingClosed:
             return False
@@ -247,7 +247,7 @@ class DecodeProcess:
         try:
             message = work if isinstance(work, Refused) else self._ready(work)
         except UserError as error:
-            message = Refused(str(error))
+            message = Refused(error)
         try:
             self._tell(message)
         except ConnectionError:

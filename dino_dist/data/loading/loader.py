@@ -30,7 +30,7 @@ from dino_dist.data.loading.worker_process import forkserver_context
 from dino_dist.data.order.order import SampleOrder, StreamIds
 from dino_dist.data.order.step_plan import Describe, StepPlan
 from dino_dist.data.reading.stream import SampleReader
-from dino_dist.errors import RunFailed, UserError
+from dino_dist.errors import RunFailed
 
 __all__ = ["Batch", "Describe", "make_loader", "read_batch"]
 
@@ -169,7 +169,7 @@ class DataProcess:
         if isinstance(message, _Ended):
             raise self._why_it_ended()
         if isinstance(message, Refused):
-            raise UserError(message.message)
+            raise message.error
         if isinstance(message, Crashed):
             raise RuntimeError(f"the process that reads and decodes images failed:\n{message.traceback}")
         self._next = None

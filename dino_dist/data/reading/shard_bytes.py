@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from dino_dist.errors import UserError
 __all__ = ["ShardBytes", "StoreCounts", "StoreOptions"]
 
 _OPEN_FILES = 256
+_PAUSES_S = (0.0, 1.0, 5.0, 20.0)
+"""Between the tries of a local read that fails."""
 
 
 class _Here:
@@ -106,21 +109,22 @@ class _LocalBytes:
         self._files.close()
 
     def _pread(self, shard: int, offset: int, size: int) -> bytes:
-        try:
-            with self._files.lease(shard) as fd:
-                return os.pread(fd, size, offset)
-        except OSError:
-            # A network file system loses handles when its server restarts: once more, with a new one, then fail. An
-            # I/O error must not pass for a bad sample: it would make the stream depend on the moment.
-            self._files.drop(shard)
+        for pause_s in (*_PAUSES_S, None):
             try:
                 with self._files.lease(shard) as fd:
                     return os.pread(fd, size, offset)
             except OSError as error:
-                raise UserError(
-                    f"{self._dataset.shards[shard].location}: {error.strerror or error}; see to its file system, then "
-                    f"start again"
-                ) from error
+                # A network file system loses handles when its server restarts, and fails while that takes: with a new
+                # one then. An I/O error must not pass for a bad sample: the stream would depend on the moment.
+                self._files.drop(shard)
+                if pause_s is None:
+                    raise UserError(
+                        f"{self._dataset.shards[shard].location}: {error.strerror or error} (tried "
+                        f"{len(_PAUSES_S) + 1} times); see to its file system, then start again",
+                        may_pass=True,
+                    ) from error
+                time.sleep(pause_s)
+        raise AssertionError("the last try returns or raises")
 
     def _open(self, shard: int) -> int:
         entry = self._dataset.shards[shard]

@@ -17,11 +17,12 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from dino_dist.data.reading.file_locks import is_locked_now, lock_file, removed_if_abandoned
 from dino_dist.data.shards.shard_index import Records
 from dino_dist.data.stores.remote_store import RemoteStore, StoreClosed
 from dino_dist.data.stores.store_errors import changed_error, index_it_again, redacted
@@ -83,16 +84,12 @@ class ShardCache:
     fills: threading.BoundedSemaphore = field(default_factory=lambda: threading.BoundedSemaphore(_FILLS_AT_ONCE))
     """Bounds the shards that this process fetches at once, and so its memory."""
 
-    @property
-    def _room(self) -> Path:
-        """The lock under which files come, go and are counted."""
-        return self.folder / f"room{_LOCK}"
-
     def open(self, shard: RemoteShard, *, wait: bool = True) -> int:
         """A read-only descriptor of the whole shard, fetched if it is not here.
 
-        If another fetches it, waits for that (`BusyError` without `wait`). `CacheUnavailableError` if there is no room
-        or the folder cannot be used; `UserError` if the store refuses or the shard is not what its index says.
+        If another fetches it, waits for that as long as one request may take (without `wait`, not at all), then raises
+        `BusyError`. `CacheUnavailableError` if there is no room or the folder cannot be used; `UserError` if the store
+        refuses or the shard is not what its index says.
         """
         path = self.path_of(shard)
         try:
@@ -100,7 +97,9 @@ class ShardCache:
             if fd is not None:
                 return fd
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self.fills, self._locked(path.with_suffix(_LOCK), wait):
+            # Not longer: a store that stalls for others is to fail here too before this passes for a hang.
+            wait_s = self.options.timeout_s if wait else 0.0
+            with self._filling(wait_s), self._locked(path.with_suffix(_LOCK), wait_s):
                 fd = self._opened(path, shard)  # another has fetched it meanwhile
                 if fd is None:
                     fd = self._fetch(shard, path)
@@ -172,7 +171,7 @@ class ShardCache:
             os.fsync(fd)
             readable = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                with self._locked(self._room, True):  # else who counts the files might count neither name
+                with self._room_locked():  # else who counts the files might count neither name
                     os.replace(part, path)
             except BaseException:
                 os.close(readable)
@@ -229,7 +228,7 @@ class ShardCache:
     def _reserved(self, path: Path, size: int) -> tuple[Path, int]:
         """An empty file of this size, locked by this process, for which room was made."""
         part = path.with_name(f"{path.stem}-{uuid.uuid4().hex}{_PART}")
-        with self._locked(self._room, True):
+        with self._room_locked():
             used = self._make_room(size)
             fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
             try:
@@ -262,7 +261,7 @@ class ShardCache:
             )
         whole = sorted(self._entries(_WHOLE), key=lambda entry: entry.used_s)
         used = sum(entry.bytes for entry in whole)
-        used += sum(entry.bytes for entry in self._entries(_PART) if not _removed_if_abandoned(entry.path))
+        used += sum(entry.bytes for entry in self._entries(_PART) if not removed_if_abandoned(entry.path))
         if disk_bytes is None:
             disk_bytes = used + self._spare_bytes()
         limit = min(allowed, disk_bytes)
@@ -299,16 +298,29 @@ class ShardCache:
                         stat = entry.stat(follow_symlinks=False)
                         yield _Entry(Path(entry.path), stat.st_size, stat.st_mtime)
 
+    def _room_locked(self) -> AbstractContextManager[None]:
+        """Hold the lock under which files come, go and are counted."""
+        return self._locked(self.folder / f"room{_LOCK}", self.options.timeout_s)
+
     @contextmanager
-    def _locked(self, path: Path, wait: bool) -> Iterator[None]:
-        """Hold a lock file; `BusyError` if another holds it as long as all attempts of one request may take."""
-        work = "counts or removes shards" if path == self._room else "fetches this shard"
-        deadline_s = time.monotonic() + (self.options.max_attempts * self.options.timeout_s if wait else 0.0)
-        fd = _lock_file(path)
+    def _filling(self, wait_s: float) -> Iterator[None]:
+        """Be one of the threads of this process that fetch; `BusyError` if others are at it all this time."""
+        if not self.fills.acquire(timeout=wait_s):
+            raise BusyError(f"{self.folder}: {_FILLS_AT_ONCE} other shards are being fetched")
         try:
-            while not _flocked(fd):
+            yield
+        finally:
+            self.fills.release()
+
+    @contextmanager
+    def _locked(self, path: Path, wait_s: float) -> Iterator[None]:
+        """Hold a lock file; `BusyError` if another holds it all this time."""
+        deadline_s = time.monotonic() + wait_s
+        fd = lock_file(path)
+        try:
+            while not is_locked_now(fd):
                 if time.monotonic() >= deadline_s:
-                    raise BusyError(f"{path} is locked: another process {work}")
+                    raise BusyError(f"{path} is locked by another process")
                 time.sleep(_POLL_S)
             yield
         finally:
@@ -319,50 +331,6 @@ def mark_used(fd: int) -> None:
     """Say that a file of the cache is in use; where it cannot take it (another user's, say), others do not know."""
     with suppress(OSError):
         os.utime(fd)
-
-
-def _lock_file(path: Path) -> int:
-    """A descriptor to lock: that of another user's file too, which may be there to be read only."""
-    try:
-        return _lockable(path)
-    except FileNotFoundError:
-        # Not at once: in a folder for all, systems refuse to "create" another user's file.
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-
-
-def _lockable(path: Path) -> int:
-    flags = os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        return os.open(path, os.O_RDWR | flags)  # network file systems lock no other
-    except PermissionError:
-        return os.open(path, os.O_RDONLY | flags)
-
-
-def _flocked(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _removed_if_abandoned(part: Path) -> bool:
-    """Whether nobody writes to this file any more; then it is removed."""
-    try:
-        fd = _lockable(part)
-    except FileNotFoundError:
-        return True
-    except PermissionError:
-        return False
-    try:
-        if not _flocked(fd):
-            return False
-        part.unlink(missing_ok=True)
-        return True
-    except PermissionError:  # another user's, in a folder where each removes their own
-        return False
-    finally:
-        os.close(fd)
 
 
 def _preallocate(fd: int, size: int) -> None:

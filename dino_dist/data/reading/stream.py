@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +18,9 @@ from dino_dist.data.shards.tar_members import printable
 from dino_dist.data.stores.store_errors import redacted
 from dino_dist.data.stores.store_options import StoreCounts
 from dino_dist.errors import UserError
+
+_NEAR = 16
+"""So many of the next samples of a shard are looked at one by one."""
 
 
 class ByteSource(Protocol):
@@ -82,8 +86,9 @@ class SampleReader:
     """Reads samples of a data set by id, in any order and from any number of threads.
 
     A bad sample is replaced by the next of the same shard (after the last comes the first), which is again a function
-    of the id alone; where `members` is given, by the next of those. To decode an image where its pixels are wanted,
-    `open` it, then `decode_into`; `read` does both.
+    of the id alone; where `members` is given, by the next of those. Where many in a row are bad the search goes further
+    off in the shard, then to the shards after it. To decode an image where its pixels are wanted, `open` it, then
+    `decode_into`; `read` does both.
     """
 
     dataset: DatasetIndex
@@ -92,8 +97,8 @@ class SampleReader:
     """None: the shards where the data set says they are, with the usual options."""
     members: Callable[[int], NDArray[np.int64]] | None = None
     """Ids of a shard's samples that may stand in for others, ascending; picklable. None: all."""
-    max_substitutes: int = 16
-    """After this many bad samples in a row the shard is given up, with `UserError`."""
+    max_substitutes: int = 256
+    """After this many bad ones the search for a stand-in is given up, with `UserError`."""
     _source: ByteSource = field(init=False, repr=False)
     _first_ids: list[int] = field(init=False, repr=False)
     """Those of the data set: looking one id up in an array would cost more than reading its bytes."""
@@ -105,36 +110,37 @@ class SampleReader:
     def read(self, sample_id: int) -> Sample:
         """The sample with this id or its stand-in.
 
-        `UserError` if the shard is gone, has changed since it was indexed, or has too many bad samples in a row.
+        `UserError` if the shard is gone, has changed since it was indexed, or no stand-in is found.
         """
         return self.decode(self.open(sample_id))
 
     def open(self, sample_id: int, bad: tuple[BadRecord, ...] = ()) -> OpenedSample:
         """The first sample that has a good header, from this id on and after those known to be `bad`; as `read`."""
-        shard = self._shard_of(sample_id)
-        while len(bad) <= self.max_substitutes:
-            own_id = self._candidate(sample_id, shard, len(bad))
-            if own_id is None:
-                break
-            opened = self._open_exactly(own_id, shard, sample_id, bad)
+        for own_id in islice(self._candidates(sample_id), len(bad), self.max_substitutes + 1):
+            opened = self._open_exactly(own_id, sample_id, bad)
             if isinstance(opened, OpenedSample):
                 return opened
             bad = (*bad, opened)
-        where = redacted(self.dataset.shards[shard].location)
+        where = redacted(self.dataset.shards[self._shard_of(sample_id)].location)
         raise UserError(
-            f"{where}: {len(bad)} bad samples in a row from key {bad[0].key!r} on "
-            f"(first: {bad[0].reason}); replace them (of shards, `dino-dist shards check` lists all)"
+            f"{where}: the sample with key {bad[0].key!r} is bad ({bad[0].reason}), and so are {len(bad) - 1} that "
+            f"could stand in for it; replace them (of shards, `dino-dist shards check` lists all)"
         )
 
-    def _candidate(self, sample_id: int, shard: int, number: int) -> int | None:
-        """What to try after so many bad samples; None once all that may stand in have been tried."""
-        if not number:
-            return sample_id
-        if self.members is None:
-            first_id, count = self._first_ids[shard], self._first_ids[shard + 1] - self._first_ids[shard]
-            return first_id + (sample_id - first_id + number) % count if number < count else None
-        ids = self.members(shard)
-        return int(ids[(np.searchsorted(ids, sample_id) + number) % len(ids)]) if number < len(ids) else None
+    def _candidates(self, sample_id: int) -> Iterator[int]:
+        """The sample itself and what to try in its place, in this order: a function of its id alone."""
+        yield sample_id
+        own_shard, num_shards = self._shard_of(sample_id), len(self.dataset.shards)
+        for number in range(num_shards):
+            shard = (own_shard + number) % num_shards
+            first_id, end_id = self._first_ids[shard], self._first_ids[shard + 1]
+            ids = range(first_id, end_id) if self.members is None else self.members(shard)
+            if number == 0:
+                place, hops = bisect_left(ids, sample_id), _hops(len(ids))[1:]
+            else:
+                place, hops = sample_id % max(len(ids), 1), _hops(len(ids))
+            for hop in hops:
+                yield int(ids[(place + hop) % len(ids)])
 
     def decode(self, opened: OpenedSample) -> Sample:
         """The pixels of a sample that was opened, or of the next good one if they are damaged; errors as `read`."""
@@ -158,19 +164,18 @@ class SampleReader:
 
     def open_instead(self, opened: OpenedSample, error: BadSample) -> OpenedSample:
         """What stands in for a sample whose header was good but whose pixels are not; errors as `read`."""
-        record = self._bad_record(opened.own_id, self._shard_of(opened.own_id), error)
+        record = self._bad_record(opened.own_id, error)
         return self.open(opened.asked_id, (*opened.bad, record))
 
     def read_exactly(self, sample_id: int) -> Sample | BadRecord:
         """This very sample, or why it cannot be used. `UserError` if the shard is gone or has changed."""
-        shard = self._shard_of(sample_id)
-        opened = self._open_exactly(sample_id, shard, sample_id, ())
+        opened = self._open_exactly(sample_id, sample_id, ())
         if isinstance(opened, BadRecord):
             return opened
         try:
             return Sample(pixels=opened.image.decode(), label=opened.label)
         except BadSample as error:
-            return self._bad_record(sample_id, shard, error)
+            return self._bad_record(sample_id, error)
 
     def store_counts(self) -> StoreCounts:
         """What this process has asked of stores so far; zeros where all shards are local."""
@@ -189,9 +194,8 @@ class SampleReader:
             raise ValueError(f"sample_id={sample_id} must be 0..{self._first_ids[-1] - 1}")
         return bisect_right(self._first_ids, sample_id) - 1
 
-    def _open_exactly(
-        self, sample_id: int, shard: int, asked_id: int, bad: tuple[BadRecord, ...]
-    ) -> OpenedSample | BadRecord:
+    def _open_exactly(self, sample_id: int, asked_id: int, bad: tuple[BadRecord, ...]) -> OpenedSample | BadRecord:
+        shard = self._shard_of(sample_id)
         record = self.dataset.records(shard)[sample_id - self._first_ids[shard]]
         size = int(record["size"])
         try:
@@ -200,10 +204,17 @@ class SampleReader:
             data = self._source.read(shard, int(record["offset"]), size, int(record["crc32"]))
             image = open_image(data, self.rules)
         except BadSample as error:
-            return self._bad_record(sample_id, shard, error)
+            return self._bad_record(sample_id, error)
         return OpenedSample(asked_id=asked_id, own_id=sample_id, image=image, label=int(record["label"]), bad=bad)
 
-    def _bad_record(self, sample_id: int, shard: int, error: BadSample) -> BadRecord:
+    def _bad_record(self, sample_id: int, error: BadSample) -> BadRecord:
+        shard = self._shard_of(sample_id)
         record = self.dataset.records(shard)[sample_id - self._first_ids[shard]]
         key = printable(bytes(record["key"]))
         return BadRecord(sample_id=sample_id, shard=self.dataset.shards[shard].name, key=key, reason=str(error))
+
+
+def _hops(count: int) -> list[int]:
+    """How far off to look among `count` samples: at each of the next, then, since damage has length, ever wider."""
+    doubled = (2**power * _NEAR for power in range(1, max(count // _NEAR, 1).bit_length()))
+    return [*range(min(count, _NEAR + 1)), *(hop for hop in doubled if hop < count)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -37,7 +38,8 @@ _CLIENT_PACKAGES = {
 _EXTRAS = {"aiohttp": "remote", "s3fs": "remote", "gcsfs": "gcs"}
 _HTTP = ("http", "https")
 _FIRST_PAUSE_S = 0.1
-_LONGEST_PAUSE_S = 10.0
+_LONGER = 3.0
+"""Each pause than the one before: a store that refuses connections for most of a minute is waited for."""
 _PARTIAL_CONTENT = 206
 _S3_CONNECTIONS = 32
 
@@ -135,6 +137,7 @@ class RemoteStore:
         for attempt in range(1, self._options.max_attempts + 1):
             if self._closed.is_set():
                 raise StoreClosed(redacted(url))
+            began_s = time.monotonic()
             try:
                 return request()
             except Exception as error:
@@ -142,14 +145,15 @@ class RemoteStore:
                 if reason is not None:
                     raise user_error(url, error, reason) from error
                 if attempt == self._options.max_attempts:
-                    advice = "see to the store or the network, then start again"
-                    if isinstance(error, WrongBytesError) and if_wrong:
-                        advice = if_wrong
-                    raise user_error(url, error, f"tried {attempt} times; {advice}") from error
+                    changed = isinstance(error, WrongBytesError) and bool(if_wrong)
+                    advice = if_wrong if changed else "see to the store or the network, then start again"
+                    raise user_error(url, error, f"tried {attempt} times; {advice}", may_pass=not changed) from error
             self._tally.add(retries=1)
+            # Within the time of this attempt: all of them take `max_attempts * timeout_s` at most, however they fail.
+            left_s = self._options.timeout_s - (time.monotonic() - began_s)
             # Jitter, since all ranks of a job meet the same trouble at the same time.
-            self._closed.wait(pause_s * self._random.uniform(0.5, 1.0))
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            self._closed.wait(max(0.0, min(pause_s, left_s)) * self._random.uniform(0.5, 1.0))
+            pause_s *= _LONGER
         raise AssertionError("max_attempts is at least 1")
 
     def _range(self, url: str, start: int, stop: int) -> bytes:

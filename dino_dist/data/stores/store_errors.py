@@ -70,9 +70,9 @@ def final_reason(error: Exception) -> str | None:
     raise error
 
 
-def user_error(url: str, error: Exception, what_to_do: str) -> UserError:
-    """The one line of a failure that is final."""
-    return UserError(redacted(f"{url}: {describe(error)}: {what_to_do}"))
+def user_error(url: str, error: Exception, what_to_do: str, *, may_pass: bool = False) -> UserError:
+    """The one line of a failure that is final, for this start at least."""
+    return UserError(redacted(f"{url}: {describe(error)}: {what_to_do}"), may_pass=may_pass)
 
 
 def redacted(text: str) -> str:
