@@ -89,6 +89,26 @@ def test_ambiguous_and_empty_input(tmp_path: Path) -> None:
         find_sources(str(tmp_path / "list.txt"))
 
 
+def test_a_dangling_link_is_named(tmp_path: Path) -> None:
+    put(tmp_path, "a/1.png")
+    (tmp_path / "a" / "x.png").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=rf"^{tmp_path}/a/x\.png: No such file or directory; see to it, or remove it$"):
+        find_sources(str(tmp_path))
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path: Path) -> None:
+    """One with a path too long for the system: that stops root as well."""
+    put(tmp_path, "a/1.png")
+    fd = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(17):
+        os.mkdir("b" * 250, dir_fd=fd)
+        outer, fd = fd, os.open("b" * 250, os.O_RDONLY, dir_fd=fd)
+        os.close(outer)
+    os.close(fd)
+    with pytest.raises(UserError, match=r": File name too long; see to it, or remove it$"):
+        find_sources(str(tmp_path))
+
+
 def test_the_fingerprint_notices_changes(tmp_path: Path) -> None:
     put(tmp_path, "a/1.png", "b/2.png")
     before = find_sources(str(tmp_path)).fingerprint

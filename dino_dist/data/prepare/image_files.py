@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dino_dist.data.prepare.sources import LIST_SUFFIXES, SourceSet, find_sources, holds_images
+from dino_dist.data.prepare.sources import LIST_SUFFIXES, SourceSet, find_sources, holds_images, reading
 from dino_dist.data.reading.decode import BadSample
 from dino_dist.data.shards.index import DatasetIndex, Shard
 from dino_dist.data.shards.shard_index import (
@@ -69,18 +69,17 @@ class FileBytes:
 
 def find_image_files(spec: str) -> SourceSet | None:
     """The images that `spec` names without shards: a folder whose sub-folders are classes, or a text file that lists
-    paths and labels (see `find_sources`). None if it names something else; `UserError` if it is ambiguous.
+    paths and labels (see `find_sources`). None if it names something else; `UserError` if it is ambiguous
+    or cannot be read.
     """
     path = Path(spec)
-    try:
+    with reading(spec):
         if path.is_dir():
             if any(entry.suffix == ".tar" for entry in path.iterdir()) or not holds_images(path):
                 return None
         elif path.suffix not in LIST_SUFFIXES:
             return None
         return find_sources(spec)
-    except OSError as error:
-        raise UserError(f"{error.filename or spec}: {error.strerror or error}; see to it, or remove it") from error
 
 
 def open_image_files(found: SourceSet, spec: str, numbers: Mapping[str, int], home: Path) -> ImageFiles:

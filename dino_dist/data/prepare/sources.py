@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from dino_dist.data.shards.shard_index import IMAGE_SUFFIXES, NO_LABEL, index_shard
 from dino_dist.data.shards.shard_list import list_shards
@@ -45,24 +46,37 @@ def find_sources(src: str) -> SourceSet:
     """The images that `src` names: a folder of images (its sub-folders are the classes), a text file (one path a line,
     relative to the file, and optionally a tab and an integer label), or tars (folder, pattern or one file).
 
-    `UserError` if there are none or the input is ambiguous.
+    `UserError` if there are none, one of them or a folder cannot be read, or the input is ambiguous.
     """
-    path = Path(src)
-    classes: tuple[str, ...] = ()
-    if path.is_dir() and not any(entry.suffix == ".tar" for entry in path.iterdir()):
-        sources, classes = _from_folder(path)
-    elif path.suffix in LIST_SUFFIXES:
-        sources = _from_list(path)
-    else:
-        sources = [source for shard in list_shards(src) for source in _from_tar(shard)]
-    if not sources:
-        suffixes = ", ".join(sorted(suffix.decode() for suffix in IMAGE_SUFFIXES))
-        raise UserError(f"{src} holds no images; files must end in one of {suffixes}")
-    return SourceSet(sources=tuple(sources), classes=classes, fingerprint=_fingerprint(sources))
+    with reading(src):
+        path = Path(src)
+        classes: tuple[str, ...] = ()
+        if path.is_dir() and not any(entry.suffix == ".tar" for entry in path.iterdir()):
+            sources, classes = _from_folder(path)
+        elif path.suffix in LIST_SUFFIXES:
+            sources = _from_list(path)
+        else:
+            sources = [source for shard in list_shards(src) for source in _from_tar(shard)]
+        if not sources:
+            suffixes = ", ".join(sorted(suffix.decode() for suffix in IMAGE_SUFFIXES))
+            raise UserError(f"{src} holds no images; files must end in one of {suffixes}")
+        return SourceSet(sources=tuple(sources), classes=classes, fingerprint=_fingerprint(sources))
+
+
+@contextmanager
+def reading(src: str) -> Iterator[None]:
+    """What the system says of a file or folder below `src` becomes a `UserError` that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or src}: {error.strerror or error}; see to it, or remove it") from error
 
 
 def holds_images(folder: Path) -> bool:
-    """Whether there is an image file somewhere below a folder; looks no further than the first."""
+    """Whether there is an image file somewhere below a folder; looks no further than the first.
+
+    `OSError` if a folder on the way cannot be read.
+    """
     return next(_walk_images(folder), None) is not None
 
 
@@ -93,8 +107,11 @@ def _images_below(root: Path) -> list[Path]:
 
 
 def _walk_images(root: Path) -> Iterator[Path]:
+    def fail(error: OSError) -> NoReturn:
+        raise error  # else a folder that cannot be read would be left out
+
     seen: set[str] = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
+    for folder, subfolders, names in os.walk(root, onerror=fail, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
             subfolders.clear()
