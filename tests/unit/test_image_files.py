@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from PIL import Image
 
 from dino_dist.config import DataSection
 from dino_dist.data.prepare.build import BuildOptions, build_shards
-from dino_dist.data.prepare.image_files import ImageFiles
+from dino_dist.data.prepare.image_files import FileBytes, ImageFiles, open_image_files
+from dino_dist.data.prepare.sources import Source, SourceSet
 from dino_dist.data.reading.stream import BadRecord, Sample
 from dino_dist.errors import UserError
 from dino_dist.inputs import labelled_set, labelled_sets, sample_reader
@@ -82,6 +84,23 @@ def test_empty_damaged_and_changed_files_are_bad_samples(tmp_path: Path) -> None
     (tmp_path / "set" / "a" / "0.png").unlink()
     with pytest.raises(UserError, match=r"0\.png: No such file"):
         reader.read_exactly(0)
+
+
+def test_finding_an_image_copies_no_column(tmp_path: Path) -> None:
+    write_image(tmp_path / "x.png", 1)
+    source = Source(
+        path=str(tmp_path / "x.png"), offset_bytes=0, size_bytes=(tmp_path / "x.png").stat().st_size, label=1, name="x"
+    )
+    found = SourceSet(sources=(source,) * 100_000, classes=(), fingerprint="")
+    dataset = open_image_files(found, str(tmp_path), {}, tmp_path / "index")
+    files = FileBytes(dataset=dataset)
+    last = int(dataset.records(0)["offset"][-1])
+    tracemalloc.start()
+    try:
+        assert files.read(0, last, source.size_bytes, 0) == (tmp_path / "x.png").read_bytes()
+        assert tracemalloc.get_traced_memory()[1] < 200_000, "the column has 800,000 bytes"
+    finally:
+        tracemalloc.stop()
 
 
 def test_what_is_no_set_of_images_is_told_in_a_line(tmp_path: Path) -> None:

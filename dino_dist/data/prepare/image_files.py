@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,9 @@ class FileBytes:
     def read(self, shard: int, offset: int, size: int, crc32: int) -> bytes:
         """The file at `offset`; `UserError` if it cannot be read, `BadSample` if it has another size by now."""
         records = self.dataset.records(shard)
-        path = os.fsdecode(bytes(records["key"][np.searchsorted(records["offset"], offset)]))
+        # Not np.searchsorted: it would copy the whole column for each image.
+        row = bisect_left(records["offset"], offset, key=int)
+        path = os.fsdecode(bytes(records["key"][row]))
         try:
             with open(path, "rb") as file:
                 data = file.read(size + 1)
