@@ -90,3 +90,17 @@ def test_a_shard_that_cannot_be_indexed_does_not_end_the_check(tmp_path: Path) -
         (tmp_path / f"{number}.tar").unlink()
     report = check_shards(str(tmp_path), rules=RULES, fallback_dir=tmp_path)
     assert (report.num_shards, report.num_samples, len(report.unreadable)) == (0, 0, 2)
+
+
+def test_a_damaged_index_file_does_not_end_the_check(tmp_path: Path) -> None:
+    for number in range(3):
+        write_tar(tmp_path / f"{number}.tar", [("a.png", png(2, 2)), (f"b{number}.png", b"bad")])
+    check_shards(str(tmp_path), rules=RULES, fallback_dir=tmp_path)
+    index = tmp_path / "1.tar.index.npy"
+    index.write_bytes(index.read_bytes()[:-1] + b"!")
+    report = check_shards(str(tmp_path), rules=RULES, fallback_dir=tmp_path)
+    assert report.unreadable == (f"{index} does not match its manifest.json; delete both and they are made again",)
+    assert [(bad.sample_id, bad.shard) for bad in report.bad] == [(1, "0.tar"), (5, "2.tar")]
+    assert (report.num_shards, report.num_samples, report.labels) == (3, 6, {-1: 4})
+    assert (report.num_duplicate_keys, report.duplicate_keys) == (1, ("a",))
+    assert not report.ok

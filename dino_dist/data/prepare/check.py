@@ -16,7 +16,7 @@ from dino_dist.data.reading.shard_bytes import ShardBytes
 from dino_dist.data.reading.stream import BadRecord, SampleReader
 from dino_dist.data.shards.index import DatasetIndex, Shard, open_dataset
 from dino_dist.data.shards.remote_index import index_again
-from dino_dist.data.shards.shard_index import index_shard, records_sha256
+from dino_dist.data.shards.shard_index import Records, index_shard, record_dtype, records_sha256
 from dino_dist.data.shards.tar_members import printable
 from dino_dist.data.stores.remote_store import RemoteStore
 from dino_dist.data.stores.store_options import StoreOptions, Tally
@@ -45,7 +45,8 @@ class CheckReport:
     bad: tuple[BadRecord, ...]
     """Every image that cannot be decoded, or has other bytes than when it was indexed."""
     unreadable: tuple[str, ...]
-    """Shards that cannot be indexed or read, with the reason; the numbers here leave out those not indexed."""
+    """Shards that cannot be indexed or read, or whose index file is damaged, with the reason; the numbers here leave
+    out those not indexed."""
     wrong_indexes: tuple[str, ...]
     """Shards whose contents are not what their index says."""
     labels: dict[int, int]
@@ -68,7 +69,7 @@ def check_shards(
 ) -> CheckReport:
     """Index what is not indexed, then read and decode all that `spec` names (see `index.open_dataset`).
 
-    A damaged shard is reported and does not end the check. `UserError` if there are no shards at all.
+    A damaged shard or index file is reported and does not end the check. `UserError` if there are no shards at all.
     """
     store = StoreOptions() if store is None else store
     unindexed: list[str] = []
@@ -82,7 +83,9 @@ def check_shards(
     parts = list(map_in_processes(_check_shard, tasks, num_workers=num_workers))
     labels: Counter[int] = sum((part.labels for part in parts), Counter())
     sizes_px = np.concatenate([np.empty((0, 2), dtype=np.int32), *(part.sizes_px for part in parts)])
-    duplicates = _duplicates(np.concatenate([np.empty(0, dtype=np.uint64), *(part.key_digests for part in parts)]))
+    digests = np.concatenate([np.empty(0, dtype=np.uint64), *(part.key_digests for part in parts)])
+    ids = [task.first_id + np.arange(len(part.key_digests)) for task, part in zip(tasks, parts, strict=True)]
+    duplicates = np.sort(np.concatenate([np.empty(0, dtype=np.int64), *ids])[_duplicates(digests)])
     return CheckReport(
         hash=dataset.hash,
         num_shards=len(dataset.shards),
@@ -127,7 +130,7 @@ def _only(dataset: DatasetIndex, shard: int) -> DatasetIndex:
 
 
 def _check_shard(task: _Task) -> _Part:
-    records = task.dataset.records(0)
+    records: Records = np.empty(0, dtype=record_dtype(1))
     # Without stand-ins: each sample is to be judged by itself.
     source = ShardBytes(dataset=task.dataset, options=task.store)
     reader = SampleReader(dataset=task.dataset, rules=task.rules, source=source)
@@ -135,6 +138,7 @@ def _check_shard(task: _Task) -> _Part:
     sizes_px: list[tuple[int, ...]] = []
     unreadable, index_is_right = "", True
     try:
+        records = task.dataset.records(0)
         for row in range(task.dataset.num_samples):
             outcome = reader.read_exactly(row)
             if isinstance(outcome, BadRecord):
@@ -171,10 +175,11 @@ def _index_is_right(shard: Shard, options: StoreOptions) -> bool:
 
 
 def _duplicates(digests: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Ids of the samples whose digest a smaller id has, ascending."""
+    """Where an earlier digest stands again."""
     order = np.argsort(digests, kind="stable")
     repeats = digests[order][1:] == digests[order][:-1]
-    return np.sort(order[1:][repeats]).astype(np.int64)
+    positions: NDArray[np.int64] = order[1:][repeats]
+    return positions
 
 
 def _key(dataset: DatasetIndex, sample_id: int) -> str:
