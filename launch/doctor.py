@@ -47,14 +47,13 @@ def examine(*, slurm: JobOptions | None = None, run_dir: Path | None = None) -> 
     findings.append(_test("gloo (CPU collectives)", dist.is_gloo_available(), "built into torch"))
     nccl = dist.is_nccl_available() and torch.cuda.is_available()
     findings.append(_test("NCCL (GPU collectives)", nccl, "ready" if nccl else "needs a CUDA device"))
+    if nccl and os.path.ismount("/dev/shm"):
+        free = shutil.disk_usage("/dev/shm").free
+        detail = f"{_gib(free)} free; NCCL's buffers between the GPUs of a node lie there (docker: --shm-size=1g)"
+        findings.append(_test("/dev/shm", free >= 2**29, detail))
     if slurm is None:
         findings.append(_slurm())
     findings.append(_fact("free disk here", _gib(shutil.disk_usage(".").free)))
-    if os.path.ismount("/dev/shm"):
-        free = shutil.disk_usage("/dev/shm").free
-        findings.append(
-            _test("/dev/shm", free > 2**30, f"{_gib(free)} free; data workers hand batches over through it")
-        )
     if slurm is not None:
         findings += [asdict(row) for row in check_cluster(slurm, run_dir, probe=True)]
     return findings
