@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import resource
 import tarfile
 from collections import Counter
@@ -120,8 +121,30 @@ def test_the_same_command_goes_on(photos: Path, tmp_path: Path) -> None:
     report = build_shards(str(photos), out, options)
     assert report.num_written == 2
     assert contents(out) == whole
-    assert not list(out.glob("*.tmp"))
+    assert not list(out.glob("*.tmp*"))
     assert build_shards(str(photos), out, options).num_written == 0
+
+
+def test_two_builds_at_once_do_each_other_no_harm(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second runs from start to end while the first has a shard written but not yet renamed."""
+    out, options = tmp_path / "out", BuildOptions(samples_per_shard=9)
+    build_shards(str(photos), tmp_path / "alone", options)
+    replace = os.replace
+    second = []
+
+    def replace_after_another_build(source: Path, target: Path) -> None:
+        if target.suffix == ".tar" and not second:
+            second.append(target)
+            assert build_shards(str(photos), out, options).num_written == 3
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_after_another_build)
+    build_shards(str(photos), out, options)
+    assert second
+    assert contents(out) == contents(tmp_path / "alone")
+    assert not list(out.glob("*.tmp*"))
 
 
 def test_another_build_is_refused(photos: Path, tmp_path: Path) -> None:
@@ -211,5 +234,5 @@ def test_a_folder_that_cannot_be_written_to_is_named(photos: Path, tmp_path: Pat
             build_shards(str(photos), tmp_path / "out", BuildOptions(samples_per_shard=25))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
-    assert not list((tmp_path / "out").glob("*.tmp"))
+    assert not list((tmp_path / "out").glob("*.tmp*"))
     assert build_shards(str(photos), tmp_path / "out", BuildOptions(samples_per_shard=25)).dataset.num_samples == 25

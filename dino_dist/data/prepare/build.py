@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import uuid
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -96,6 +97,7 @@ def build_shards(
     accepted = [source for number, source in enumerate(found.sources) if number not in rejected]
     if not accepted:
         raise UserError(f"none of the {len(found.sources)} images of {src} can be used; see {dst / REJECTED_NAME}")
+    _remove_leftovers(dst)
     tasks = _shard_tasks(dst, accepted, options)
     missing = [task for task in tasks if not task.path.exists()]
     for _ in map_in_processes(_write_shard, missing, num_workers=num_workers):
@@ -195,8 +197,17 @@ def _shard_tasks(dst: Path, accepted: list[Source], options: BuildOptions) -> li
     return tasks
 
 
+def _remove_leftovers(dst: Path) -> None:
+    """Files half written when a build was killed; one that still runs beside this writes them again."""
+    try:
+        for leftover in dst.glob("shard-*.tar.tmp*"):
+            leftover.unlink(missing_ok=True)
+    except OSError as error:
+        raise _unwritable(dst, error) from error
+
+
 def _write_shard(task: _ShardTask) -> None:
-    temporary = task.path.with_suffix(".tar.tmp")
+    temporary = task.path.with_name(f"{task.path.name}.tmp-{uuid.uuid4().hex}")
     try:
         # A time, an owner or a name would make the bytes depend on when and by whom they were written.
         with open(temporary, "wb") as file:
@@ -205,7 +216,10 @@ def _write_shard(task: _ShardTask) -> None:
                     writer.write({"__key__": key, **_members(source, task.options)})
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, task.path)
+        try:
+            os.replace(temporary, task.path)
+        except FileNotFoundError:  # the same build was started once more, and took it for a leftover
+            _write_shard(task)
     except OSError as error:  # of writing: `_read` has taken care of its own
         with suppress(OSError):
             temporary.unlink()  # its bytes may be what the disk lacks
