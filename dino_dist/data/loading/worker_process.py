@@ -12,10 +12,13 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import TypeVar
+
+from dino_dist.errors import RunFailed
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -70,7 +73,7 @@ def _end_when_told_by(parent: BaseProcess) -> None:
 def map_in_processes(function: Callable[[T], R], items: Sequence[T], *, num_workers: int) -> Iterator[R]:
     """function(item) of each item in order, by `num_workers` processes; in this one if there is but one.
 
-    Both must be picklable. An exception ends all work and is raised here.
+    Both must be picklable. An exception ends all work and is raised here; `RunFailed` if a process was killed.
     """
     if num_workers <= 1 or len(items) <= 1:
         yield from map(function, items)
@@ -79,5 +82,10 @@ def map_in_processes(function: Callable[[T], R], items: Sequence[T], *, num_work
     pool = ProcessPoolExecutor(workers, mp_context=forkserver_context(), initializer=settle_worker)
     try:
         yield from pool.map(function, items)
+    except BrokenProcessPool as error:
+        raise RunFailed(
+            f"one of {workers} worker processes was killed: by the kernel, if the memory of the machine or of the job "
+            f"ran out; give the same command again, with fewer --workers if so"
+        ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

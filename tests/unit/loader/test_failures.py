@@ -19,6 +19,7 @@ from torch import Tensor
 from dino_dist.data.loading.batch_copies import HostCopies
 from dino_dist.data.loading.decode_process import DecodeJob
 from dino_dist.data.loading.loader import Batch, DataProcess, Describe
+from dino_dist.data.loading.worker_process import map_in_processes
 from dino_dist.data.order.order import StreamIds
 from dino_dist.data.order.step_plan import StepPlan
 from dino_dist.errors import RunFailed, UserError
@@ -147,3 +148,16 @@ def test_a_defect_in_the_process_is_told_with_its_place(
 ) -> None:
     with pytest.raises(RuntimeError, match=r"(?s)images failed:.*in describe_wrongly.*ZeroDivisionError: a defect, at"):
         next(load(open_parts(shards), batch_size=4, stop_step=1, num_workers=1, describe=describe_wrongly))
+
+
+def die_of(number: int) -> int:
+    os.kill(os.getpid(), number)
+    return number
+
+
+@pytest.mark.distributed
+def test_a_worker_of_a_build_that_is_killed_is_one_clear_error() -> None:
+    with pytest.raises(RunFailed, match=r"^one of 2 worker processes was killed: by the kernel, if .*") as caught:
+        list(map_in_processes(die_of, [0, signal.SIGKILL, 0], num_workers=2))
+    assert "\n" not in str(caught.value)
+    assert multiprocessing.active_children() == []
