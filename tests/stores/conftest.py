@@ -108,8 +108,8 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.server.fault_of(self.path, asked) if asked else ""
         if fault.isdecimal():
             status, headers, body = int(fault), {"Content-Type": "text/plain"}, b"this is not the body you look for"
-        elif fault == "whole":
-            status, headers, body = 200, {}, whole
+        elif fault in ("whole", "endless"):
+            status, headers, body = (200, {}, whole) if fault == "whole" else (status, headers, whole)
         elif fault == "wrong" and body:
             half = len(body) // 2
             body = body[:half] + body[half:].translate(bytes(byte ^ 0xFF for byte in range(256)))

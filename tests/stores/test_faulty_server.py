@@ -142,6 +142,19 @@ def test_a_large_answer_to_a_small_range_is_not_read(serve: Any, tmp_path: Path)
     store.close()
 
 
+def test_no_more_is_read_than_was_asked_for(serve: Any, tmp_path: Path) -> None:
+    """A server that names the right range and sends far more would fill the memory."""
+    (tmp_path / "large").write_bytes(bytes(64 * 2**20))
+    server = serve(tmp_path)
+    server.plan = lambda place, number: "endless"
+    tally = Tally()
+    store = RemoteStore(StoreOptions(max_attempts=2), tally)
+    with pytest.raises(UserError, match=r"11 of 10 bytes came: tried 2 times"):
+        store.read(f"{server.url}/large", 100, 10)
+    assert tally.read().bytes_received == 22
+    store.close()
+
+
 def test_a_shard_that_changed_since_it_was_indexed(
     make_shards: Callable[..., Path], serve: Any, tmp_path: Path
 ) -> None:

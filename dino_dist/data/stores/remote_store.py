@@ -189,7 +189,10 @@ class RemoteStore:
             if unit != "bytes" or span != f"{start}-{stop - 1}" or not total.isdecimal() or encoding != "identity":
                 got = f"{unit} {place}"[:60]
                 raise TryAgain(f"asked for bytes {start}-{stop - 1}, the server answers {got!r} ({encoding})")
-            return await response.read(), int(total)
+            body = bytearray()
+            while chunk := await response.content.read(stop - start + 1 - len(body)):  # one more shows that more came
+                body += chunk
+            return bytes(body), int(total)
 
     def _http_size(self, url: str) -> int:
         system = self._system(_protocol(url))
