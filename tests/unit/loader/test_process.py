@@ -18,17 +18,24 @@ import pytest
 from dino_dist.data.loading.loader import Batch
 
 
+def named_memory(pid: int) -> int:
+    """How much of /dev/shm a process has mapped, in pieces."""
+    return Path(f"/proc/{pid}/maps").read_text().count("/dev/shm/")
+
+
 @pytest.mark.distributed
 def test_closing_the_iterator_ends_its_process(
     shards: Path, open_parts: Callable[[Path], dict[str, Any]], load: Callable[..., Generator[list[Batch]]]
 ) -> None:
-    names, fds = os.listdir("/dev/shm"), len(os.listdir("/proc/self/fd"))
+    named, fds = named_memory(os.getpid()), len(os.listdir("/proc/self/fd"))
     for batches_taken in (1, 3):
         loader = load(open_parts(shards), batch_size=4, stop_step=1000, num_workers=2)
         for _ in range(batches_taken):
             next(loader)
-        assert [child.name for child in multiprocessing.active_children()] == ["data"]
-        assert os.listdir("/dev/shm") == names
+        (child,) = multiprocessing.active_children()
+        assert child.name == "data"
+        assert child.pid is not None
+        assert (named_memory(os.getpid()), named_memory(child.pid)) == (named, 0)
         loader.close()
         assert multiprocessing.active_children() == []
     assert len(os.listdir("/proc/self/fd")) <= fds + 8  # the fork server's, which stays
