@@ -39,12 +39,6 @@ class Batch:
         """n."""
         return len(self.sizes)
 
-    @property
-    def nbytes(self) -> int:
-        """Size of all tensors."""
-        own = (self.pixels, self.sizes, self.sample_ids, self.epochs, self.repeats, self.labels)
-        return sum(tensor.nbytes for tensor in (*own, *self.extra.values()))
-
     def to(self, device: torch.device, *, non_blocking: bool = False) -> Batch:
         """The same with pixels and extras on `device`; sizes, ids, epochs and labels stay on the CPU."""
         extra = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.extra.items()}

@@ -109,12 +109,6 @@ class RingSpace:
             self._closed = True
             self._changed.notify_all()
 
-    @property
-    def used_regions(self) -> int:
-        """How many are not free yet."""
-        with self._changed:
-            return len(self._used)
-
     def _free_start(self, num_bytes: int) -> int | None:
         if not self._used:
             return 0

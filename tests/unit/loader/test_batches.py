@@ -109,8 +109,9 @@ def test_threads_and_buffers_change_nothing(
     torch.manual_seed(0)
     before = torch.get_rng_state()
     wanted = list(load(open_parts(shards), batch_size=6, stop_step=9, rank=1, size=2, accumulate=2, describe=describe))
-    largest = max(batch.nbytes for batches in wanted for batch in batches)
-    for num_workers, buffer_bytes in ((1, largest + 100), (3, largest + 100), (2, 2**20)):
+    # Each of the three extras starts at a multiple of 64 bytes, and has fewer.
+    largest = max(batch.pixels.nbytes for batches in wanted for batch in batches) + 4 * 64
+    for num_workers, buffer_bytes in ((1, largest), (3, largest), (2, 2**20)):
         results = list(
             load(
                 open_parts(shards),
@@ -203,7 +204,6 @@ def test_moving_a_batch_keeps_ids_and_sizes_here(
     assert moved.extra["area"].is_meta
     for name in ("sizes", "sample_ids", "epochs", "repeats", "labels"):
         assert torch.equal(getattr(moved, name), getattr(batch, name))
-    assert batch.nbytes == batch.pixels.nbytes + 4 * (16 + 8 + 8 + 8 + 8 + 8 + 4 + 2)
 
 
 @pytest.mark.gpu
