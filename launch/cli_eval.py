@@ -45,8 +45,8 @@ def eval_linear(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for the sweep's state, from which the same command goes on after a kill; default: eval/ in "
-            "the run folder, none for other weights."
+            help="Folder for the sweep's state, from which the same command on the same checkpoint goes on after a "
+            "kill; default: eval/ in the run folder, none for other weights."
         ),
     ] = None,
     network: Network = "teacher",

@@ -13,10 +13,13 @@ from safetensors.torch import save_file
 from dino_dist.errors import UserError
 from dino_dist.eval.linear import Group
 
+_NAMED_DIGITS = 12
+"""Of the fingerprint, in a file's name; the file holds all of it."""
 
-def state_path(folder: Path, group: Group) -> Path:
-    """The file of a group."""
-    return folder / f"linear-{group.columns.name}.safetensors"
+
+def state_path(folder: Path, group: Group, fingerprint: str) -> Path:
+    """The file of a group; sweeps of other networks or settings have others beside it."""
+    return folder / f"linear-{group.columns.name}-{fingerprint[:_NAMED_DIGITS]}.safetensors"
 
 
 def save_group(folder: Path, group: Group, fingerprint: str) -> None:
@@ -24,7 +27,7 @@ def save_group(folder: Path, group: Group, fingerprint: str) -> None:
 
     `UserError` if nothing can be written there.
     """
-    path = state_path(folder, group)
+    path = state_path(folder, group, fingerprint)
     temporary = path.with_name(f"{path.name}.part")
     metadata = {"fingerprint": fingerprint, "epochs_done": str(group.epochs_done)}
     with _writable(folder):
@@ -34,7 +37,7 @@ def save_group(folder: Path, group: Group, fingerprint: str) -> None:
 
 def load_group(folder: Path, group: Group, fingerprint: str) -> bool:
     """Fill the group from its file, if there is one with this fingerprint; whether there was."""
-    path = state_path(folder, group)
+    path = state_path(folder, group, fingerprint)
     if not path.is_file():
         return False
     try:
@@ -66,5 +69,5 @@ def _writable(folder: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UserError(
-            f"--out {folder}: cannot write there ({reason}): choose a folder that you may write to"
+            f"{folder} cannot hold the sweep's state ({reason}): give a folder that you may write to with --out"
         ) from error

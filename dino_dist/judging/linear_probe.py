@@ -45,8 +45,9 @@ def judge_linear(judge: Judge, out: Path | None = None, *, save_every_s: float =
 
     The best by the test images is named, as published evaluations do, and all are listed. With `out` the state of the
     sweep is kept there (a folder that all ranks share), and the same command goes on from it after a kill, on any
-    number of ranks. `UserError` on all ranks for more blocks than the network has, for features that are not finite
-    or of one class, and if `out` cannot be written or holds something else.
+    number of ranks; states of other networks and settings stay untouched beside it. `UserError` on all ranks for more
+    blocks than the network has, for features that are not finite or of one class, and if `out` cannot be written or
+    holds a damaged state of this sweep.
     """
     section, world = judge.config.eval, judge.world
     most_blocks, depth = max(section.linear_blocks), judge.weights.shape.depth

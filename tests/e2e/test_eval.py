@@ -122,7 +122,8 @@ def test_what_cannot_be_judged_is_told_in_one_line(cli: Callable[..., Any], run:
     assert "has only 2 blocks" in cli("eval", "linear", str(run), "eval.linear_blocks=[3]").refusal()
     (tmp_path / "file").write_text("")
     out = str(tmp_path / "file" / "below")
-    assert f"--out {out}" in cli("eval", "linear", str(run), "eval.linear_blocks=[1]", "--out", out).refusal()
+    refused = cli("eval", "linear", str(run), "eval.linear_blocks=[1]", "--out", out).refusal()
+    assert f"{out} cannot hold the sweep's state" in refused
     assert "--network pupil" in cli("eval", "knn", str(run), "--network", "pupil").refusal()
     without = cli("eval", "knn", str(run), "data.eval_train=null", "data.eval_test=null").refusal()
     assert "labelled images are needed" in without

@@ -114,11 +114,14 @@ def test_a_state_of_other_settings_is_not_taken_and_a_damaged_one_is_named(tmp_p
     assert load_group(tmp_path / "state", other, "a")
     assert other.epochs_done == 1
     assert torch.equal(other.weight_RCD, group.weight_RCD)
-    (tmp_path / "state" / "linear-last1-avgpool.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(UserError, match=r"linear-last1-avgpool.safetensors is no state of a sweep"):
+    save_group(tmp_path / "state", new_group(ALL, recipe, num_features=4, num_classes=2, like=like), "b")
+    assert load_group(tmp_path / "state", group, "a"), "what another sweep saves there replaces nothing"
+    assert torch.equal(other.weight_RCD, group.weight_RCD)
+    (tmp_path / "state" / "linear-last1-avgpool-a.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(UserError, match=r"linear-last1-avgpool-a.safetensors is no state of a sweep"):
         load_group(tmp_path / "state", other, "a")
-    with pytest.raises(UserError, match="cannot write there"):
-        make_folder(tmp_path / "state" / "linear-last1-avgpool.safetensors" / "below")
+    with pytest.raises(UserError, match=r"below cannot hold the sweep's state \(.*with --out"):
+        make_folder(tmp_path / "state" / "linear-last1-avgpool-a.safetensors" / "below")
 
 
 def test_logistic_regression_chooses_on_a_held_out_tenth() -> None:
