@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -22,35 +24,36 @@ def state_path(folder: Path, group: Group, fingerprint: str) -> Path:
     return folder / f"linear-{group.columns.name}-{fingerprint[:_NAMED_DIGITS]}.safetensors"
 
 
-def save_group(folder: Path, group: Group, fingerprint: str) -> None:
+def save_group(folder: Path, group: Group, fingerprint: str, beside: Mapping[str, Any]) -> None:
     """Write the group's state; it appears whole or not at all. `fingerprint`: all that the result depends on.
 
-    `UserError` if nothing can be written there.
+    `beside`: plain values that are kept with it. `UserError` if nothing can be written there.
     """
     path = state_path(folder, group, fingerprint)
     temporary = path.with_name(f"{path.name}.part")
-    metadata = {"fingerprint": fingerprint, "epochs_done": str(group.epochs_done)}
+    metadata = {"fingerprint": fingerprint, "epochs_done": str(group.epochs_done), "beside": json.dumps(beside)}
     with _writable(folder):
         save_file({name: tensor.cpu() for name, tensor in group.tensors.items()}, temporary, metadata=metadata)
         os.replace(temporary, path)
 
 
-def load_group(folder: Path, group: Group, fingerprint: str) -> bool:
-    """Fill the group from its file, if there is one with this fingerprint; whether there was."""
+def load_group(folder: Path, group: Group, fingerprint: str) -> dict[str, Any] | None:
+    """Fill the group from its file; what was kept beside it, None if there is no file with this fingerprint."""
     path = state_path(folder, group, fingerprint)
     if not path.is_file():
-        return False
+        return None
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("fingerprint") != fingerprint:
-                return False
+                return None
             for name, tensor in group.tensors.items():
                 tensor.copy_(file.get_tensor(name))
             group.epochs_done = int(metadata["epochs_done"])
+            beside: dict[str, Any] = json.loads(metadata["beside"])
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} is no state of a sweep ({' '.join(str(error).split())}): delete it") from error
-    return True
+    return beside
 
 
 def make_folder(folder: Path) -> None:

@@ -21,6 +21,15 @@ from dino_dist.weights.network_weights import NetworkWeights
 _NAMED_BAD = 3
 
 
+@dataclass(frozen=True, kw_only=True)
+class BadImages:
+    """Those of a split that cannot be decoded."""
+
+    count: int
+    first: tuple[str, ...]
+    """Of the first few: key and reason."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Judge:
     """A network and the labelled images that it is judged on, on each rank of a world."""
@@ -41,18 +50,25 @@ class Judge:
         dtype = self.backbone.cls_token.dtype
         return self.evaluator.features(lambda images: forward(images.to(dtype)), split, views)
 
-    def about(self) -> dict[str, Any]:
-        """On what was judged, for a result, once all images were read; a collective."""
-        bad = self.evaluator.bad()
+    def bad_images(self, split: str) -> BadImages:
+        """Those of `train` or `test` that were found so far, on any rank; a collective."""
+        records = self.evaluator.bad()[split]
+        named = tuple(f"{record.key}: {record.reason}" for record in records[:_NAMED_BAD])
+        return BadImages(count=len(records), first=named)
+
+    def about(self, bad_train: BadImages | None = None) -> dict[str, Any]:
+        """On what was judged, for a result, once all images were read; a collective.
+
+        `bad_train`: what is known of the train images from an earlier call, where this one has not read them.
+        """
+        bad = {"train": bad_train or self.bad_images("train"), "test": self.bad_images("test")}
         labels = {split: self.evaluator.labels(split) for split in SPLITS}
         return {
             "classes": len(set(labels["train"].tolist())),
-            "train_images": len(labels["train"]) - len(bad["train"]),
-            "test_images": len(labels["test"]) - len(bad["test"]),
-            "bad_images": sum(len(records) for records in bad.values()),
-            "first_bad_images": [
-                f"{record.key}: {record.reason}" for records in bad.values() for record in records[:_NAMED_BAD]
-            ],
+            "train_images": len(labels["train"]) - bad["train"].count,
+            "test_images": len(labels["test"]) - bad["test"].count,
+            "bad_images": sum(each.count for each in bad.values()),
+            "first_bad_images": [line for each in bad.values() for line in each.first],
         }
 
 

@@ -19,7 +19,7 @@ from dino_dist.errors import SaidByRankZero, UserError
 from dino_dist.eval.linear import Columns, Group, Recipe, accuracies, new_group, stacked_features, train_epoch
 from dino_dist.eval.linear_state import load_group, make_folder, save_group
 from dino_dist.judging.classifier_crops import RandomCrops
-from dino_dist.judging.judge import Judge, check_usable
+from dino_dist.judging.judge import BadImages, Judge, check_usable
 from dino_dist.judging.judged_network import together
 
 _SAVE_EVERY_S = 30.0
@@ -71,12 +71,15 @@ def judge_linear(judge: Judge, out: Path | None = None, *, save_every_s: float =
             views = RandomCrops(crop_px=section.crop_px, seed=sweep.recipe.seed, epoch=epoch)
             train = judge.features(forward, "train", views if section.linear_augment else None)
             check_usable(world, train=train, test=test)
+            sweep.bad_train = judge.bad_images("train")
         together(world, partial(sweep.train, epoch, train.features_ND, train.labels_N))
         judge.tell("epochs of classifiers", epoch + 1, sweep.recipe.epochs)
     parts = world.gather(sweep.scores(test.features_ND, test.labels_N))
     scores = sorted((one for part in parts for one in part), key=lambda one: (one.blocks, one.avgpool, one.lr))
     best = max(scores, key=lambda one: one.top1)
-    return judge.about() | {
+    # No train images are read for a sweep that was finished before: ranks that hold states of it know the bad ones.
+    bad_train = max(world.gather(sweep.bad_train), key=lambda bad: bad.count)
+    return judge.about(bad_train) | {
         "linear_top1": best.top1,
         "linear_top5": best.top5,
         "linear_blocks": best.blocks,
@@ -97,6 +100,8 @@ class _Sweep:
     """Features of the type, and on the device, of those to come."""
     recipe: Recipe = field(init=False)
     groups: list[Group] = field(init=False)
+    bad_train: BadImages = field(init=False, default=BadImages(count=0, first=()))
+    """As far as this rank knows."""
     _classes: Tensor = field(init=False)
     """Labels of the train images, ascending: class c of the classifiers is the label `_classes[c]`."""
     _fingerprint: str = field(init=False)
@@ -131,7 +136,7 @@ class _Sweep:
         is_due = time.monotonic() - self._saved_at_s >= self.save_every_s or epoch + 1 == self.recipe.epochs
         if self.folder is not None and is_due:
             for group in self.groups:
-                save_group(self.folder, group, self._fingerprint)
+                save_group(self.folder, group, self._fingerprint, asdict(self.bad_train))
             self._saved_at_s = time.monotonic()
 
     def scores(self, features_MD: Tensor, labels_M: Tensor) -> list[Score]:
@@ -151,8 +156,9 @@ class _Sweep:
         group = new_group(
             columns, self.recipe, num_features=seen.shape[1], num_classes=len(self._classes), like=self.like
         )
-        if self.folder is not None:
-            load_group(self.folder, group, self._fingerprint)
+        beside = None if self.folder is None else load_group(self.folder, group, self._fingerprint)
+        if beside is not None:
+            self.bad_train = BadImages(count=beside["count"], first=tuple(beside["first"]))
         return group
 
     def _seen_by(self, group: Group, features: Tensor) -> Tensor:

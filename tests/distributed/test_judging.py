@@ -132,9 +132,11 @@ def sweep_network(world: World, train: str, index_dir: str) -> JudgedNetwork:
 def test_a_killed_sweep_goes_on_from_its_state_on_another_number_of_ranks(
     ranks: Callable[..., list[Any]], tmp_path: Path
 ) -> None:
-    train, index = str(image_folder(tmp_path / "train", COUNTS, 0)), str(tmp_path / "index")
+    train = str(image_folder(tmp_path / "train", COUNTS, 0, bad=("bee/004.png",)))
+    index = str(tmp_path / "index")
     whole, told = sweep(World(), train, index, str(tmp_path / "whole"))
     assert told == [1, 2, 3, 4, 5]
+    assert (whole["train_images"], whole["test_images"], whole["bad_images"]) == (40, 40, 2)
     state = str(tmp_path / "state")
     ranks(2, killed_sweep, train, index, state, 3)
     resumed, told = sweep(World(), train, index, state)
@@ -146,7 +148,7 @@ def test_a_killed_sweep_goes_on_from_its_state_on_another_number_of_ranks(
             key: array.tobytes() for key, array in theirs.items()
         }
     again, told = sweep(World(), train, index, state)
-    assert again == whole
+    assert again == whole, "the bad train image too, although train images are not read again"
     assert told == [5]
 
 

@@ -105,16 +105,16 @@ def test_a_state_of_other_settings_is_not_taken_and_a_damaged_one_is_named(tmp_p
     like = torch.randn(20, 4, generator=torch.Generator().manual_seed(1))
     group = new_group(ALL, recipe, num_features=4, num_classes=2, like=like)
     make_folder(tmp_path / "state")
-    assert not load_group(tmp_path / "state", group, "a")
+    assert load_group(tmp_path / "state", group, "a") is None
     train_epoch(group, like, torch.arange(20) % 2, recipe)
-    save_group(tmp_path / "state", group, "a")
+    save_group(tmp_path / "state", group, "a", {"count": 3})
     other = new_group(ALL, recipe, num_features=4, num_classes=2, like=like)
-    assert not load_group(tmp_path / "state", other, "b")
+    assert load_group(tmp_path / "state", other, "b") is None
     assert other.epochs_done == 0
-    assert load_group(tmp_path / "state", other, "a")
+    assert load_group(tmp_path / "state", other, "a") == {"count": 3}
     assert other.epochs_done == 1
     assert torch.equal(other.weight_RCD, group.weight_RCD)
-    save_group(tmp_path / "state", new_group(ALL, recipe, num_features=4, num_classes=2, like=like), "b")
+    save_group(tmp_path / "state", new_group(ALL, recipe, num_features=4, num_classes=2, like=like), "b", {})
     assert load_group(tmp_path / "state", group, "a"), "what another sweep saves there replaces nothing"
     assert torch.equal(other.weight_RCD, group.weight_RCD)
     (tmp_path / "state" / "linear-last1-avgpool-a.safetensors").write_bytes(b"no tensors")
