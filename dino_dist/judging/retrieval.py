@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dino_dist.config import Config
 from dino_dist.data.reading.decode import BadSample, Pixels
-from dino_dist.data.shards.shard_index import IMAGE_SUFFIXES
+from dino_dist.data.shards.image_names import is_image_name
 from dino_dist.dist import World
 from dino_dist.errors import UserError
 from dino_dist.eval.copy_detection import Whitening, copy_average_precision, copy_forward, originals_of
@@ -271,5 +271,4 @@ def _pictures(folder: Path) -> list[Path]:
 
 
 def _is_picture(file: Path) -> bool:
-    suffix = file.suffix.removeprefix(".").lower().encode("utf-8", "surrogateescape")
-    return not file.name.startswith(".") and suffix in IMAGE_SUFFIXES and file.is_file()
+    return is_image_name(file.name) and file.is_file()

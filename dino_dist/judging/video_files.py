@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dino_dist.data.shards.shard_index import IMAGE_SUFFIXES
+from dino_dist.data.shards.image_names import is_image_name, natural_order
 from dino_dist.errors import UserError
 
 _FRAMES, _MASKS, _SPLITS = "JPEGImages/480p", "Annotations/480p", "ImageSets/2017"
@@ -65,7 +65,7 @@ def is_davis(root: Path) -> bool:
 
 
 def own_video(folder: Path, masks: Path) -> Video:
-    """Frames in a folder, in the order of their names, with the first one's mask, or masks of frames by their name."""
+    """Frames in a folder, 2.png before 10.png, with the first one's mask, or masks of frames by their name."""
     frames = _frames(folder)
     stems = [frame.stem for frame in frames]
     if len(set(stems)) != len(stems):
@@ -88,12 +88,8 @@ def own_video(folder: Path, masks: Path) -> Video:
 def _frames(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder of frames")
-    suffixes = {f".{suffix.decode()}" for suffix in IMAGE_SUFFIXES}
-    frames = sorted(
-        file
-        for file in folder.iterdir()
-        if file.suffix.lower() in suffixes and not file.name.startswith(".") and file.is_file()
-    )
+    images = (file for file in folder.iterdir() if is_image_name(file.name) and file.is_file())
+    frames = sorted(images, key=lambda file: natural_order(file.name))
     if len(frames) < 2:
         raise UserError(f"{folder} has {len(frames)} frames: a video needs at least two")
     return frames

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from dino_dist.data.reading.decode import BadSample, DecodeRules, Pixels, decode_image
+from dino_dist.data.shards.image_names import is_image_name, natural_order
 from dino_dist.data.shards.shard_index import IMAGE_SUFFIXES
 from dino_dist.data.shards.tar_members import printable
 from dino_dist.errors import UserError
@@ -53,10 +54,10 @@ def find_media(paths: Sequence[Path], *, frames: bool = False) -> tuple[Medium, 
 
 def frame_files(folder: Path) -> tuple[Path, ...]:
     """The images of a folder as frames: 2.png before 10.png. `UserError` if there are none."""
-    files = [entry for entry in folder.iterdir() if entry.is_file() and _is_image_name(entry.name)]
+    files = [entry for entry in folder.iterdir() if entry.is_file() and is_image_name(entry.name)]
     if not files:
         raise UserError(f"{shown(folder)} holds no images to be frames: {_allowed()}")
-    return tuple(sorted(files, key=lambda file: [_natural(part) for part in re.split(r"(\d+)", file.name)]))
+    return tuple(sorted(files, key=lambda file: natural_order(file.name)))
 
 
 def read_image(path: Path, rules: DecodeRules) -> Pixels:
@@ -125,7 +126,7 @@ def _in_folder(root: Path) -> list[Medium]:
         subfolders.sort()
         for name in sorted(names):
             path = Path(folder, name)
-            if not name.startswith(".") and (_is_image_name(name) or path.suffix.lower() in VIDEO_SUFFIXES):
+            if not name.startswith(".") and (is_image_name(name) or path.suffix.lower() in VIDEO_SUFFIXES):
                 found.append(Medium(kind=_kind(path), path=path, below=path.relative_to(root), chosen=False))
     if not found:
         raise UserError(f"{shown(root)} holds nothing to look at: {_allowed()}")
@@ -138,14 +139,6 @@ def _raise(error: OSError) -> None:
 
 def _kind(path: Path) -> Kind:
     return "video" if path.suffix.lower() in VIDEO_SUFFIXES else "image"
-
-
-def _is_image_name(name: str) -> bool:
-    return not name.startswith(".") and os.fsencode(name.rpartition(".")[2].lower()) in IMAGE_SUFFIXES
-
-
-def _natural(part: str) -> tuple[int, int, str]:
-    return (0, int(part), part) if part.isascii() and part.isdigit() else (1, 0, part)
 
 
 def _allowed() -> str:

@@ -203,6 +203,15 @@ def test_only_the_first_mask_gives_masks_but_no_figures(tmp_path: Path) -> None:
     assert len(list((tmp_path / "out" / "frames").iterdir())) == 3
 
 
+def test_frames_follow_each_other_by_their_numbers(tmp_path: Path) -> None:
+    frames, mask = tmp_path / "frames", tmp_path / "mask.png"
+    frames.mkdir()
+    for file in (mask, *(frames / f"f{number}.png" for number in range(12))):
+        file.touch()
+    video = own_video(frames, mask)
+    assert [frame.stem for frame in video.frames] == [f"f{number}" for number in range(12)]
+
+
 def test_a_davis_folder(tmp_path: Path) -> None:
     for name in ("bear", "swan"):
         folder = moving_squares(tmp_path / name, count=4)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+from dino_dist.data.shards.image_names import is_image_name
 from dino_dist.data.shards.shard_index import IMAGE_SUFFIXES, NO_LABEL, index_shard
 from dino_dist.data.shards.shard_list import list_shards
 from dino_dist.data.shards.tar_members import printable
@@ -118,11 +119,7 @@ def _walk_images(root: Path) -> Iterator[Path]:
             continue
         seen.add(real)
         subfolders.sort()
-        yield from (Path(folder, name) for name in names if _is_image_name(name))
-
-
-def _is_image_name(name: str) -> bool:
-    return not name.startswith(".") and os.fsencode(name.rpartition(".")[2].lower()) in IMAGE_SUFFIXES
+        yield from (Path(folder, name) for name in names if is_image_name(name))
 
 
 def _from_list(path: Path) -> list[Source]:
