@@ -59,8 +59,8 @@ def eval_linear(
     """
 
     def judge(judge: Judge) -> dict[str, Any]:
-        from dino_dist.judging.judged_network import run_of
         from dino_dist.judging.linear_probe import judge_linear
+        from dino_dist.weights.run_checkpoint import run_of
 
         run = run_of(checkpoint)
         return judge_linear(judge, out or (None if run is None else run / "eval"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -17,6 +17,7 @@ from dino_dist.models.vit import VisionTransformer
 from dino_dist.run_folder import RunFolder
 from dino_dist.weights.network_weights import NetworkWeights, build_backbone
 from dino_dist.weights.read_network import read_network
+from dino_dist.weights.run_checkpoint import run_of
 
 T = TypeVar("T")
 
@@ -70,15 +71,6 @@ def judged_network(
         yield JudgedNetwork(backbone=backbone, weights=weights, config=config, world=world, index_dir=index_dir)
 
 
-def run_of(source: Path) -> Path | None:
-    """The run folder that `source` is, or is a checkpoint of; None if there is none."""
-    for folder in (source, source.absolute().parent.parent):
-        with suppress(OSError):  # such as a name that is too long: whoever reads the network says so
-            if RunFolder(folder).config.is_file():
-                return folder
-    return None
-
-
 def together(world: World, action: Callable[[], T]) -> T:
     """Every rank acts; a `UserError` of any becomes one of all, said by rank 0. A collective."""
     problem, result = "", None
@@ -93,9 +85,14 @@ def together(world: World, action: Callable[[], T]) -> T:
 
 
 def _config(run: Path | None, overrides: Sequence[str], colors: Sequence[str]) -> Config:
-    if run is not None:
-        return load_config(str(RunFolder(run).config), overrides)
-    return load_config(None, [*_UNUSED, *colors, *overrides])
+    if run is None:
+        return load_config(None, [*_UNUSED, *colors, *overrides])
+    file = str(RunFolder(run).config)
+    try:
+        load_config(file)
+    except UserError as error:
+        raise UserError(str(error) if file in str(error) else f"{file}: {error}") from None
+    return load_config(file, overrides)
 
 
 def _check_channels(weights: NetworkWeights) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -22,12 +23,21 @@ _BACKBONE, _HEAD, _CENTER = "backbone.", "head.", "center"
 
 def is_run_folder(path: Path) -> bool:
     """Whether a folder is that of a training run."""
-    return RunFolder(path).config.is_file()
+    return os.path.isfile(RunFolder(path).config)  # says no, as a Path does not, where a name is too long
 
 
 def is_checkpoint_folder(path: Path) -> bool:
     """Whether a folder is one checkpoint of a run."""
-    return (path / MANIFEST).is_file()
+    return os.path.isfile(path / MANIFEST)
+
+
+def run_of(source: Path) -> Path | None:
+    """The run folder that `source` is, or is a checkpoint of; None if there is none."""
+    if is_run_folder(source):
+        return source
+    run = source.absolute().parent.parent
+    is_place = source.absolute().parent == RunFolder(run).checkpoints
+    return run if is_place and is_checkpoint_folder(source) and is_run_folder(run) else None
 
 
 def newest_checkpoint(run: Path) -> VerifiedCheckpoint:

@@ -127,6 +127,11 @@ def test_what_cannot_be_judged_is_told_in_one_line(cli: Callable[..., Any], run:
     assert "--network pupil" in cli("eval", "knn", str(run), "--network", "pupil").refusal()
     without = cli("eval", "knn", str(run), "data.eval_train=null", "data.eval_test=null").refusal()
     assert "labelled images are needed" in without
+    shutil.copytree(run, tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text("eval: {knn_kk: [3]}\n")
+    refused = cli("eval", "knn", str(tmp_path / "run"), "eval.knn_k=[5]").refusal()
+    assert f"{config}: unknown setting 'eval.knn_kk'" in refused
 
 
 @pytest.mark.slow
