@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino_dist.errors import UserError
-from dino_dist.models.vit import VisionTransformer
+from dino_dist.models.vit import MAX_PATCHES, VisionTransformer
 
 _LONG_SIDE_MULTIPLE_PX = 64
 _MAX_ELEMENTS = 2**24
@@ -50,7 +50,8 @@ def frame_size_px(height_px: int, width_px: int, *, short_px: int, patch_size: i
     """Height and width that a frame is resized to: the short side `short_px`, the long one in proportion.
 
     Both are rounded down: the short side to a multiple of the patch, the long one (the width of a square) to one of
-    64 px, as published, where that is a multiple of the patch and not above `short_px`.
+    64 px, as published, where that is a multiple of the patch and not above `short_px`. `UserError` for less than a
+    patch, and for more than `MAX_PATCHES`.
     """
     patches_first = _LONG_SIDE_MULTIPLE_PX % patch_size or short_px < _LONG_SIDE_MULTIPLE_PX
     multiple = patch_size if patches_first else _LONG_SIDE_MULTIPLE_PX
@@ -58,7 +59,14 @@ def frame_size_px(height_px: int, width_px: int, *, short_px: int, patch_size: i
     if not short:
         raise UserError(f"frames cannot be {short_px} px high: that is less than one patch of {patch_size} px")
     long = short_px * max(height_px, width_px) // min(height_px, width_px) // multiple * multiple
-    return (long, short) if height_px > width_px else (short, long)
+    height, width = (long, short) if height_px > width_px else (short, long)
+    patches = height * width // patch_size**2
+    if patches > MAX_PATCHES:
+        raise UserError(
+            f"frames of {width_px} x {height_px} px would be looked at as {width} x {height} px, {patches} patches; "
+            f"at most {MAX_PATCHES}: give a smaller --size-px"
+        )
+    return height, width
 
 
 def one_hot_labels(mask_RW: Tensor, num_labels: int) -> Tensor:

@@ -21,6 +21,8 @@ from dino_dist.models.layers import LAYER_NORM_EPS, Block, PatchEmbed
 
 KEPT_INTERPOLATIONS = 16
 """Position matrices that a model keeps on its device: training uses one or two, evaluation at many sizes more."""
+MAX_PATCHES = 2**17
+"""Of one picture: a photograph of 12 megapixels has 47,000 of 16 px; attention's time grows with the square."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,12 +17,10 @@ from dino_dist.data.reading.decode import Pixels
 from dino_dist.errors import UserError
 from dino_dist.models.attention import Attention
 from dino_dist.models.layers import Block
-from dino_dist.models.vit import VisionTransformer
+from dino_dist.models.vit import MAX_PATCHES, VisionTransformer
 
 _PUBLISHED_PX = (480, 224)
 """Short side of a picture when its attention is looked at, for a network of the second size (published code)."""
-MAX_PATCHES = 2**17
-"""Of one picture: a photograph of 12 megapixels has 47,000 of 16 px; attention's time grows with the square."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -132,6 +132,8 @@ def test_frame_sizes(height: int, width: int, short: int, patch: int, expected: 
 def test_impossible_sizes_and_rules_are_refused() -> None:
     with pytest.raises(UserError, match="less than one patch"):
         frame_size_px(480, 854, short_px=10, patch_size=16)
+    with pytest.raises(UserError, match=r"1000000 x 480 px, 1875000 patches; at most 131072: give a smaller --size-px"):
+        frame_size_px(48, 100_000, short_px=480, patch_size=16)
     with pytest.raises(UserError, match="at least"):
         PropagationRules(top_k=0)
 
