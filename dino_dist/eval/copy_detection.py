@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dino_dist.errors import UserError
-from dino_dist.eval.knn import unit_rows
+from dino_dist.eval.knn import check_finite, unit_rows
 from dino_dist.eval.retrieval import average_precision, rank_gallery
 from dino_dist.models.vit import VisionTransformer
 
@@ -53,8 +53,9 @@ class Whitening:
         """From the features of images that are in neither set.
 
         As published: directions and variances are those of the second moment about zero, X^T X / N, and variances
-        below 1e-5 of the largest are raised to that.
+        below 1e-5 of the largest are raised to that. `UserError` if features are not finite.
         """
+        check_finite(features_ND, "whitening")
         features = features_ND.double()
         moment_DD = features.T @ features / len(features)
         variance, directions = torch.linalg.eigh(moment_DD.cpu())

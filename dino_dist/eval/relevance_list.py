@@ -125,10 +125,10 @@ def _box(where: str, entry: dict[str, Any]) -> Box | None:
         return None
     if not isinstance(box, list) or len(box) != 4 or not all(isinstance(edge, int | float) for edge in box):
         raise UserError(f"{where}.bbx must be four numbers: left, top, right, bottom in px")
-    left, top, right, bottom = (float(edge) for edge in box)
+    left, top, right, bottom = box
     if not (0 <= left < right < 1e6 and 0 <= top < bottom < 1e6):  # NaN is neither
         raise UserError(f"{where}.bbx {box} is no box: it must be left < right and top < bottom, from 0")
-    return left, top, right, bottom
+    return float(left), float(top), float(right), float(bottom)
 
 
 @dataclass(frozen=True, kw_only=True)

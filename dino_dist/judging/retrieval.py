@@ -145,7 +145,8 @@ def copy_detection(
         result["distractors"] = len(plan.distractors)
     whitening = None
     if plan.whitening:
-        whitening = Whitening.learned(features(plan.whitening, "images to learn whitening from"))
+        learned_from = features(plan.whitening, "images to learn whitening from")
+        whitening = together(world, lambda: Whitening.learned(learned_from))
         database = whitening(database)
     for name, files in plan.copies.items():
         copies = features(files, f"copies in {name}")

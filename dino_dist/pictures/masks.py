@@ -6,6 +6,7 @@ the Jaccard index over pictures.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,8 @@ def find_mask(folder: Path, medium: Medium) -> Path | None:
     """
     for stem in dict.fromkeys((medium.below.with_suffix(""), Path(medium.below.stem))):
         base = folder / stem
-        files = [file for suffix in _MASK_SUFFIXES if (file := base.with_name(base.name + suffix)).is_file()]
+        # Not asked of the path itself, which fails where a name is too long for the file system.
+        files = [file for suffix in _MASK_SUFFIXES if os.path.isfile(file := base.with_name(base.name + suffix))]
         if len(files) > 1:
             raise UserError(f"{shown(files[0])} and {files[1].name} could both be the mask of {shown(medium.path)}")
         if files:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dino_dist.errors import UserError
 from dino_dist.manifest import MANIFEST
+from dino_dist.models.vit import ViTShape
 from dino_dist.weights.layouts import map_names
 from dino_dist.weights.model_folder import (
     CONFIG,
@@ -208,7 +209,17 @@ def _assemble(
         left_out=tuple(names.left_out + names.unknown + part_of_head),
         notes=stated.notes,
     )
-    return replace(weights, **stated.pixels)
+    return replace(weights, **_checked_pixels(stated, shape, source))
+
+
+def _checked_pixels(stated: Stated, shape: ViTShape, source: str) -> Mapping[str, Any]:
+    """The normalisation of images, if it is stated; `UserError` if it does not fit a network that sees colors."""
+    channels = len(stated.pixels.get("pixel_mean", range(3)))
+    if shape.in_channels == 3 and channels != 3:
+        raise UserError(
+            f"{source}: the mean and std stated for its images hold {channels} numbers each: they must be 3 (RGB)"
+        )
+    return stated.pixels
 
 
 def _joined(tensors: Mapping[str, Tensor], parts: list[str], source: str) -> Tensor:

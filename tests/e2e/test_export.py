@@ -105,6 +105,7 @@ def test_where_nothing_can_be_written(cli: Callable[..., Any], run: Path, tmp_pa
             "file.safetensors/below.safetensors",
         ): "cannot be written (Not a directory)",
         ("safetensors", f"{'x' * 300}.safetensors"): "cannot be written (File name too long)",
+        ("safetensors", f"{'x' * 300}/below.safetensors"): "cannot be written (File name too long)",
     }
     for (to, name), words in places.items():
         said = cli("export", str(run), "--to", to, "--out", str(tmp_path / name)).refusal()

@@ -87,6 +87,7 @@ def _first(**changes: Any) -> str:
         (_first(easy=[2]), r"gallery image 2 twice"),
         (_first(bbx=[1, 2, 3]), "bbx must be four numbers"),
         (_first(bbx=[5, 2, 3, 4]), "is no box"),
+        (_first(bbx=[1, 2, 10**400, 4]), "is no box"),
         ('{"imlist": [], "qimlist": [], "gnd": []}', "0 queries and 0 gallery images"),
     ],
 )

@@ -217,6 +217,12 @@ def test_what_is_wrong_with_files_is_named(tmp_path: Path) -> None:
     assert "must be a multiple of the patch size" in refused(size_px=30)
     assert "no folder original" in refused(folder=copies / "strong")
     assert "is no folder" in refused(whitening=tmp_path / "absent")
+    diverged = network()
+    torch.nn.init.constant_(diverged.norm.weight, 3e38)
+    with pytest.raises(UserError, match=r"features of \d of 6 whitening images are not finite"):
+        copy_detection(
+            diverged, CONFIG, World(), CopyOptions(folder=copies, size_px=32, whitening=tmp_path / "whitening")
+        )
     (copies / "jpegqual" / "15" / "200000.jpg").unlink()
     assert "5 copies cannot be matched one to one with 6" in refused()
     for file in (copies / "strong").iterdir():

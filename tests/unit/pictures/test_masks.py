@@ -113,6 +113,8 @@ def test_mask_files(tmp_path: Path) -> None:
 def test_the_mask_of_a_picture(tmp_path: Path) -> None:
     medium = Medium(kind="image", path=Path("photos/a/cat.v2.jpg"), below=Path("a/cat.v2.jpg"), chosen=False)
     assert find_mask(tmp_path, medium) is None
+    long = Path(f"{'x' * 251}.jpg")
+    assert find_mask(tmp_path, Medium(kind="image", path=long, below=long, chosen=True)) is None
     (tmp_path / "cat.v2.png").touch()
     assert find_mask(tmp_path, medium) == tmp_path / "cat.v2.png"
     (tmp_path / "a").mkdir()

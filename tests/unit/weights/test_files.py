@@ -225,6 +225,7 @@ def test_an_export_of_this_project(tmp_path: Path) -> None:
         ({"step": "ten"}, "ten"),
         ({"pixel_mean": [0.5], "pixel_std": "x"}, "lists of numbers"),
         ({"pixel_mean": [0.5] * 3, "pixel_std": [0.5]}, "as many"),
+        ({"pixel_mean": [0.5] * 2, "pixel_std": [0.5] * 2}, "hold 2 numbers each: they must be 3"),
         ({"pixel_mean": [float("nan")] * 3, "pixel_std": [0.5] * 3}, "lists of numbers"),
         ({"pixel_mean": [10**400] * 3, "pixel_std": [0.5] * 3}, "lists of numbers"),
         ({"pixel_mean": [0.5] * 3, "pixel_std": [0] * 3}, "above 0"),
