@@ -23,7 +23,7 @@ from launch.cli_export import export_app
 from launch.cli_pictures import pictures_app
 from launch.cli_report import report_app
 from launch.cli_retrieval import retrieval_app
-from launch.results import AsJson, Overrides, print_result
+from launch.results import AsJson, Overrides, print_result, say
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 IndexDir = Annotated[Path, typer.Option(help="Of indexes that cannot lie beside their shards (data.index_dir).")]
@@ -230,11 +230,11 @@ def _exit_code(command: Callable[[], Any]) -> int:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except UserError as error:
         if not isinstance(error, SaidByRankZero):
-            print(f"error: {error}", file=sys.stderr)
+            say(f"error: {error}")
         return FAILED if error.may_pass else BAD_INPUT
     except (RunFailed, Superseded) as error:
         if not isinstance(error, FailedTogether) or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-            print(f"failed: {error}", file=sys.stderr)
+            say(f"failed: {error}")
         return NO_RESTART_HELPS if isinstance(error, NoRestartHelps) else FAILED
     except KeyboardInterrupt:
         return INTERRUPTED

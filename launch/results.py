@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +13,18 @@ AsJson = Annotated[bool, typer.Option("--json", help="JSON alone on stdout.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, as in train.batch_size=64.")
 ]
+
+
+def say(line: str) -> None:
+    """One line on stderr, whatever it quotes: a name in a file may hold line breaks and commands to a terminal."""
+    text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
+    print(text, file=sys.stderr)
+
+
+def say_notes(notes: Iterable[str]) -> None:
+    """What a user should know about a network, on stderr."""
+    for note in notes:
+        say(f"note: {note}")
 
 
 def print_result(result: dict[str, Any], as_json: bool) -> None:

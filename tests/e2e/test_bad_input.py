@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dino_dist.ledger import read_rows
 
@@ -108,6 +109,13 @@ def test_other_commands(cli: Callable[..., Any], tmp_path: Path) -> None:
     assert nowhere in cli("eval", "knn", nowhere).refusal()
     assert "neither a run folder" in cli("eval", "knn", str(tmp_path / "empty")).refusal()
     assert str(tmp_path / "file") in cli("quickstart", "--dir", str(tmp_path / "file" / "below")).refusal()
+
+
+def test_names_in_files_cannot_write_to_the_terminal(cli: Callable[..., Any], tmp_path: Path) -> None:
+    torch.save({"cls_token\n\x1b[2J ö": torch.ones(1)}, tmp_path / "a.pth")
+    line = cli("export", str(tmp_path / "a.pth"), "--to", "torch", "--out", str(tmp_path / "b.pth")).refusal()
+    assert r"cls_token\n\x1b[2J ö" in line
+    assert line.isprintable()
 
 
 @pytest.fixture
