@@ -117,6 +117,7 @@ def _print(result: dict[str, Any], as_json: bool) -> None:
     from rich.table import Table
 
     rows: list[dict[str, Any]] = result.pop("results")
+    del result["notes"]
     shown = {key: f"{value:g}" if key in ("linear_lr", "logreg_C") else value for key, value in result.items()}
     print_result({key: value for key, value in shown.items() if value not in ([], None)}, as_json)
     table = Table(*(rows[0] if rows else ()))

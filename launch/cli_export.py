@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from launch.results import AsJson, print_result
+from launch.results import AsJson, print_result, say_notes
 
 export_app = typer.Typer()
 
@@ -45,6 +45,8 @@ def export(
         num_heads=num_heads,
     )
     result = export_network(request).as_json()
+    say_notes(result["notes"])
     if not as_json:
+        del result["notes"]
         result["relative_difference"] = f"{result['relative_difference']:.1e}"
     print_result(result, as_json)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from launch.results import AsJson, print_result
+from launch.results import AsJson, print_result, say_notes
 
 if TYPE_CHECKING:
     from dino_dist.pictures.attend import Progress
@@ -85,13 +85,14 @@ def attention(
     )
     with _progress_on_stderr() as progress:
         summary = attend(request, progress)
+    say_notes(summary["notes"])
     print_result(summary if as_json else _for_people(summary), as_json)
 
 
 def _for_people(summary: dict[str, Any]) -> dict[str, Any]:
     """The summary with a line a picture, up to a point."""
     looked, left_out = summary["looked_at"], summary["left_out"]
-    result = {key: value for key, value in summary.items() if key not in ("looked_at", "left_out")}
+    result = {key: value for key, value in summary.items() if key not in ("looked_at", "left_out", "notes")}
     result |= {f"{row['folder']}/": _sizes(row) for row in looked[:_LISTED]}
     if len(looked) > _LISTED:
         result["..."] = f"{len(looked) - _LISTED} more in summary.json"

@@ -159,7 +159,7 @@ def _judge(
 
 
 def _for_people(result: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in result.items() if key != "objects" and value is not None}
+    return {key: value for key, value in result.items() if key not in ("objects", "notes") and value is not None}
 
 
 def _as_arguments(options: Mapping[str, object]) -> list[str]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dino_dist.errors import UserError
+from launch.results import say_notes
 
 if TYPE_CHECKING:
     from dino_dist.judging.evaluator import Tell
@@ -44,7 +45,7 @@ def start_ranks(arguments: Sequence[str], nproc: int) -> None:
 
 @contextmanager
 def judging(checkpoint: Path, overrides: Sequence[str] | None, network: str) -> Iterator[tuple[JudgedNetwork, Tell]]:
-    """Be one of the ranks: the network on this rank, and what shows how far the first is."""
+    """Be one of the ranks: the network on this rank, and what shows how far the first is; it tells of the network."""
     import torch
 
     from dino_dist.dist import ProcessEnvironment
@@ -54,6 +55,8 @@ def judging(checkpoint: Path, overrides: Sequence[str] | None, network: str) -> 
     with judged_network(checkpoint, overrides or [], role=network, environment=environment) as judged:
         # As in training. More only help one rank alone, and cost dearly where the cores are shared.
         torch.set_num_threads(judged.config.parallel.threads_per_rank)
+        if judged.world.is_first:
+            say_notes(judged.weights.notes)
         with progress(shown=judged.world.is_first) as tell:
             yield judged, tell
 

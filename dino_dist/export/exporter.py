@@ -123,6 +123,8 @@ class Exported:
     source: str
     networks: tuple[str, ...]
     step: int | None
+    notes: tuple[str, ...]
+    """What the user should know about the source, a sentence each."""
     format: str
     out: str
     image_px: int
@@ -134,7 +136,7 @@ class Exported:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
-        return asdict(self) | {"networks": list(self.networks)}
+        return asdict(self) | {"networks": list(self.networks), "notes": list(self.notes)}
 
 
 def export_network(request: ExportRequest) -> Exported:
@@ -149,6 +151,7 @@ def export_network(request: ExportRequest) -> Exported:
         source=first.source,
         networks=tuple(one.network for one in expected),
         step=first.step,
+        notes=first.notes,
         format=request.to,
         out=str(request.out),
         image_px=first.image_px,
@@ -165,6 +168,7 @@ class _Written:
 
     source: str
     step: int | None
+    notes: tuple[str, ...]
     image_px: int
     num_heads: int
     has_head: bool
@@ -194,6 +198,7 @@ def _write(request: ExportRequest, part: Path) -> tuple[_Written, list[Expected]
     written = _Written(
         source=first.source,
         step=first.step,
+        notes=first.notes,
         image_px=image_px,
         num_heads=first.shape.num_heads,
         has_head=request.takes_head and bool(first.head),

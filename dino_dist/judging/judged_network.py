@@ -40,7 +40,13 @@ class JudgedNetwork:
 
     def described(self) -> dict[str, Any]:
         """What was judged, for a result."""
-        return {"source": self.weights.source, "network": self.weights.network, "step": self.weights.step}
+        weights = self.weights
+        return {
+            "source": weights.source,
+            "network": weights.network,
+            "step": weights.step,
+            "notes": list(weights.notes),
+        }
 
 
 @contextmanager

@@ -185,6 +185,7 @@ class _Session:
             "checkpoint": weights.source,
             "network": weights.network,
             "step": weights.step,
+            "notes": list(weights.notes),
             "out": str(self._out),
             "patch_px": weights.shape.patch_size,
             "heads": weights.shape.num_heads,
