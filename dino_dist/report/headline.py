@@ -129,6 +129,12 @@ def _counted(record: RunRecord) -> list[Check]:
     drift = series.get("teacher_drift")
     found = [
         _nothing_or(skipped, "Skipped steps", "loss and gradients were finite in all steps", "steps were not finite"),
+        _nothing_or(
+            record.metrics.non_finite,
+            "Logged numbers",
+            "every one was finite",
+            "were not finite; curves and figures leave them out",
+        ),
         _nothing_or(bad, "Bad samples", "every image could be decoded", "images could not be decoded; see logs/"),
     ]
     if drift is not None and drift.highest is not None:

@@ -65,7 +65,6 @@ class RunRecord:
     standing: Standing
     metrics: Metrics
     ledger: tuple[Mapping[str, Any], ...]
-    broken_ledger_rows: int
     attempts: tuple[AttemptStory, ...]
     wall: WallTime | None
     settings: Settings
@@ -109,7 +108,6 @@ def read_run(path: Path, standing: Standing) -> RunRecord:
         standing=standing,
         metrics=metrics,
         ledger=ledger,
-        broken_ledger_rows=ledger_rows.broken,
         attempts=tuple(attempts),
         wall=wall_time(attempts, metrics.clock),
         settings=settings,

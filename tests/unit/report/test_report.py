@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import random
 from collections.abc import Callable
@@ -20,8 +21,9 @@ from dino_dist.config_file import load_config, to_yaml
 from dino_dist.dist import World
 from dino_dist.errors import UserError
 from dino_dist.ledger import JsonLines, Ledger
-from dino_dist.metrics import MetricsWriter
+from dino_dist.metrics import MetricsWriter, json_row
 from dino_dist.report.event_files import Histogram, read_sights, spread
+from dino_dist.report.headline import checks
 from dino_dist.report.markup import Markup, element, escape
 from dino_dist.report.page import FIRST_LINE, page
 from dino_dist.report.run_record import RunRecord, Standing, read_run
@@ -323,6 +325,19 @@ def test_a_row_without_a_sensible_step_is_no_point(folder: RunFolder, step: Any)
     record = read(folder)
     assert record.metrics.series == {}
     assert_harmless(page(record))
+
+
+def test_numbers_that_were_not_finite_are_told_of(folder: RunFolder) -> None:
+    """Else a loss that has become NaN would pass for its last finite value."""
+    write_lines(folder.metrics, [json_row(1, {"loss": 3.0, "kl": 1.0})])
+    assert verdicts(folder, "Logged numbers") == [("good", "every one was finite")]
+    write_lines(folder.metrics, [json_row(1, {"loss": 3.0}), json_row(2, {"loss": math.nan, "kl": math.inf})])
+    assert verdicts(folder, "Logged numbers") == [("warn", "2 were not finite; curves and figures leave them out")]
+    assert "2 were not finite" in page(read(folder))
+
+
+def verdicts(folder: RunFolder, name: str) -> list[tuple[str, str]]:
+    return [(check.verdict, check.words) for check in checks(read(folder)) if check.name == name]
 
 
 def test_numbers_beyond_any_axis_are_left_out(folder: RunFolder) -> None:
