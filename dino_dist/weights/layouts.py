@@ -82,8 +82,6 @@ _HF_QKV = {
 class NameMap:
     """For each tensor of ours, the names in the file whose tensors, one below the other, make it up."""
 
-    layout: str
-    """`dino` (which timm's bare backbones share), `hf` or `dino_dist`."""
     backbone: dict[str, list[str]] = field(default_factory=dict)
     head: dict[str, list[str]] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
@@ -102,7 +100,7 @@ def map_names(names: Iterable[str], source: str) -> NameMap:
     plain = {_HF_PREFIX.sub("", name): original for name, original in stripped.items()}
     if "embeddings.cls_token" in plain:
         return _from_hugging_face(plain)
-    found = NameMap(layout="dino")
+    found = NameMap()
     wrapped = any(name.startswith("backbone.") for name in stripped)
     for name, original in stripped.items():
         inner = name.removeprefix("backbone.")
@@ -120,7 +118,7 @@ def map_names(names: Iterable[str], source: str) -> NameMap:
 
 
 def _from_hugging_face(names: dict[str, str]) -> NameMap:
-    found = NameMap(layout="hf")
+    found = NameMap()
     thirds: dict[str, dict[int, str]] = {}
     for name, original in names.items():
         layer = _HF_LAYER.match(name)

@@ -28,7 +28,6 @@ _TIMM_OF_16_HEADS = ("vit_huge_", "vit_giant_", "vit_gigantic_")
 class Stated:
     """What a file says about a network besides its tensors."""
 
-    layout: str | None = None
     num_heads: int | None = None
     pixels: Mapping[str, Any] = field(default_factory=dict)
     """`pixel_mean` and `pixel_std` of `NetworkWeights`, if they are stated."""
@@ -92,7 +91,7 @@ def _hugging_face(content: dict[str, Any], config: Path) -> Stated:
     if isinstance(eps, float) and eps != LAYER_NORM_EPS:
         notes = (f"{config} says layer_norm_eps={eps:g}; computed with {LAYER_NORM_EPS:g}, as published",)
     heads = _whole_number(content, "num_attention_heads", config)
-    return Stated(layout="hf", num_heads=heads, pixels=pixels, notes=notes)
+    return Stated(num_heads=heads, pixels=pixels, notes=notes)
 
 
 def _timm(content: dict[str, Any], config: Path) -> Stated:
@@ -109,7 +108,7 @@ def _timm(content: dict[str, Any], config: Path) -> Stated:
     heads = _whole_number(arguments, "num_heads", config)
     if heads is None and architecture.startswith(_TIMM_OF_16_HEADS):
         heads = 16
-    return Stated(layout="timm", num_heads=heads, pixels=pixels)
+    return Stated(num_heads=heads, pixels=pixels)
 
 
 def _whole_number(content: dict[str, Any], key: str, config: Path) -> int | None:

@@ -18,8 +18,6 @@ class NetworkWeights:
 
     source: str
     """Where it was read from, for messages and reports."""
-    layout: str
-    """Whose names the file has: `run` (this project's sharded checkpoint), `dino`, `timm`, `hf` or `dino_dist`."""
     network: str
     """`teacher` or `student`; `only` where the file holds one network and does not say which."""
     step: int | None = None
@@ -46,23 +44,6 @@ class NetworkWeights:
     def dtype(self) -> torch.dtype:
         """Of the backbone: what it is to compute in."""
         return self.backbone["cls_token"].dtype
-
-    def describe(self) -> str:
-        """One line: what it is, and what came with it."""
-        shape = self.shape
-        parts = [
-            f"{self.network if self.network != 'only' else 'network'} of {self.source} ({self.layout} names"
-            f"{'' if self.step is None else f', step {self.step}'})",
-            f"ViT of width {shape.embed_dim}, {shape.depth} blocks, {shape.num_heads} heads, patches of "
-            f"{shape.patch_size} px, positions for {shape.image_px} px",
-        ]
-        if "last_layer.weight_v" in self.head:
-            parts.append(f"head of {self.head['last_layer.weight_v'].shape[0]} prototypes")
-        if self.center_1K is not None:
-            parts.append("center")
-        if self.left_out:
-            parts.append(f"left out: {', '.join(self.left_out[:4])}{' ...' if len(self.left_out) > 4 else ''}")
-        return "; ".join(parts)
 
 
 def build_backbone(

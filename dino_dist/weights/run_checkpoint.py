@@ -75,7 +75,6 @@ def read_run_network(checkpoint: VerifiedCheckpoint, network: str) -> NetworkWei
     data, model = state["config"]["data"], state["config"]["model"]
     return NetworkWeights(
         source=str(checkpoint.path),
-        layout="run",
         network=network,
         step=checkpoint.step,
         epoch=state["samples_consumed"] // state["dataset_samples"],

@@ -132,7 +132,7 @@ def _own_file(file: SafetensorsFile, options: ReadOptions) -> OpenedWeights:
     source = str(file.path)
     header = _own_header(file)
     pixels = stated_pixels(header.get("pixel_mean"), header.get("pixel_std"), file.path)
-    stated = Stated(layout="dino_dist", num_heads=header["shape"]["num_heads"], pixels=pixels)
+    stated = Stated(num_heads=header["shape"]["num_heads"], pixels=pixels)
 
     def read(network: str) -> NetworkWeights:
         weights = _assemble({name: file[name] for name in file if name != _CENTER}, source, network, stated, options)
@@ -201,7 +201,6 @@ def _assemble(
     part_of_head = [] if whole_head else [part for parts in names.head.values() for part in parts]
     weights = NetworkWeights(
         source=source,
-        layout=stated.layout or names.layout,
         network=network,
         shape=shape,
         backbone=backbone,

@@ -32,7 +32,7 @@ def random_network() -> NetworkWeights:
     """A small network whose weights are the same wherever this is called."""
     torch.manual_seed(5)
     state = VisionTransformer(SHAPE, "sdpa").state_dict()
-    return NetworkWeights(source="random", layout="run", network="teacher", step=7, shape=SHAPE, backbone=state)
+    return NetworkWeights(source="random", network="teacher", step=7, shape=SHAPE, backbone=state)
 
 
 def image_folder(folder: Path, counts: dict[str, int], seed: int, bad: tuple[str, ...] = ()) -> Path:

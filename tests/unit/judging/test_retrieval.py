@@ -238,9 +238,7 @@ def test_labelled_shards_find_their_class(make_shards: Callable[..., Path], tmp_
     def found(train: str, test: str) -> dict[str, Any]:
         data = replace(CONFIG.data, num_workers=0, eval_train=train, eval_test=test)
         backbone = network()
-        weights = NetworkWeights(
-            source="here", layout="dino_dist", network="only", shape=backbone.shape, backbone=backbone.state_dict()
-        )
+        weights = NetworkWeights(source="here", network="only", shape=backbone.shape, backbone=backbone.state_dict())
         judged = JudgedNetwork(
             backbone=backbone,
             weights=weights,

@@ -21,7 +21,6 @@ def weights(shape: ViTShape = SHAPE, prototypes: int = 7, **changes: object) -> 
     torch.manual_seed(0)
     read = NetworkWeights(
         source="a.pth",
-        layout="dino",
         network="teacher",
         shape=shape,
         backbone=VisionTransformer(shape, "sdpa").state_dict(),

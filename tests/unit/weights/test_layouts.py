@@ -57,7 +57,7 @@ def test_an_original_training_checkpoint(zipped: bool, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "checkpoint.pth", _use_new_zipfile_serialization=zipped)
     for role, tensors in (("student", student), ("teacher", teacher)):
         weights = read_network(tmp_path / "checkpoint.pth", network=role, num_heads=3)
-        assert (weights.layout, weights.network, weights.epoch, weights.left_out) == ("dino", role, 100, ())
+        assert (weights.network, weights.epoch, weights.left_out) == (role, 100, ())
         assert weights.shape == SHAPE
         assert_equal(weights.backbone, below(tensors, "backbone."))
         assert_equal(weights.head, below(tensors, "head."))
@@ -120,7 +120,7 @@ def test_timm(images: Tensor, tmp_path: Path) -> None:
         assert weights.shape.num_heads == 4, "the folder's config.json tells, where width over 64 would not"
         assert relative_error(build_backbone(weights, CPU).features(images)[0], theirs) <= 1e-5
     folder = read_network(tmp_path / "folder")
-    assert (folder.layout, folder.pixel_mean) == ("timm", (0.5, 0.5, 0.5))
+    assert folder.pixel_mean == (0.5, 0.5, 0.5)
 
 
 @torch.no_grad()
@@ -148,7 +148,6 @@ def test_hugging_face(kind: str, images: Tensor, tmp_path: Path) -> None:
         saved.save_pretrained(path, max_shard_size="300KB" if kind == "several files" else "1GB")
         assert (path / "model.safetensors.index.json").exists() == (kind == "several files")
     weights = read_network(path, num_heads=4 if kind == "names in memory" else None)
-    assert weights.layout == "hf"
     assert all(name.split(".")[0] in ("pooler", "classifier") for name in weights.left_out)
     theirs = model(images).last_hidden_state
     assert relative_error(build_backbone(weights, CPU).features(images)[0], theirs) <= 1e-5
