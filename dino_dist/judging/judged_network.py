@@ -79,14 +79,15 @@ def judged_network(
 
 def together(world: World, action: Callable[[], T]) -> T:
     """Every rank acts; a `UserError` of any becomes one of all, said by rank 0. A collective."""
-    problem, result = "", None
+    problem: UserError | None = None
+    result = None
     try:
         result = action()
     except UserError as error:
-        problem = str(error)
-    problems = [said for said in world.gather(problem) if said]
+        problem = error
+    problems = [found for found in world.gather(problem) if found is not None]
     if problems:
-        raise (UserError if world.is_first else SaidByRankZero)(problems[0])
+        raise (UserError if world.is_first else SaidByRankZero)(str(problems[0]), may_pass=problems[0].may_pass)
     return cast(T, result)
 
 
