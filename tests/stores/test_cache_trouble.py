@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,7 +24,7 @@ from dino_dist.data.order.order import Order
 from dino_dist.data.reading.decode import DecodeRules
 from dino_dist.data.reading.remote_bytes import RemoteBytes
 from dino_dist.data.reading.shard_bytes import ShardBytes, StoreOptions
-from dino_dist.data.reading.shard_cache import CacheUnavailableError, RemoteShard, ShardCache
+from dino_dist.data.reading.shard_cache import BusyError, CacheUnavailableError, RemoteShard, ShardCache
 from dino_dist.data.reading.stream import SampleReader
 from dino_dist.data.shards.index import DatasetIndex, open_dataset
 from dino_dist.data.stores.remote_store import RemoteStore
@@ -337,3 +338,25 @@ def test_a_lock_that_others_hold_is_named(dataset: DatasetIndex, tmp_path: Path)
         cache = ShardCache(folder=tmp_path / "cache", options=settings, store=store, tally=tally)
         with pytest.raises(CacheUnavailableError, match=r"room\.lock is locked by another process"):
             cache.open(shard_of(dataset, 0))
+
+
+@pytest.mark.parametrize("busy", ["another process", "this process"])
+def test_who_fetches_for_long_is_not_waited_for(dataset: DatasetIndex, tmp_path: Path, busy: str) -> None:
+    """A store that stalls for others must fail here too, or give the bytes, before the wait passes for a hang."""
+    settings = StoreOptions(timeout_s=0.3, max_attempts=10_000)
+    (tmp_path / "cache").mkdir()
+    tally = Tally()
+    cache = ShardCache(folder=tmp_path / "cache", options=settings, store=RemoteStore(settings, tally), tally=tally)
+    with ExitStack() as held:
+        if busy == "another process":
+            lock = held.enter_context(open(cache.path_of(shard_of(dataset, 0)).with_suffix(".lock"), "w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        else:
+            while cache.fills.acquire(blocking=False):
+                held.callback(cache.fills.release)
+        with pytest.raises(BusyError):
+            cache.open(shard_of(dataset, 0))
+        with pytest.raises(BusyError):
+            cache.open(shard_of(dataset, 0), wait=False)
+    os.close(cache.open(shard_of(dataset, 0)))
+    assert tally.read().cache_fills == 1
