@@ -96,6 +96,15 @@ def test_two_ranks_judge_folders_of_images_as_one(ranks: Callable[..., list[Any]
         assert answer == alone
 
 
+def test_damage_of_any_length_is_left_out_and_counted(tmp_path: Path) -> None:
+    """Two classes with more undecodable files in a row than good ones: neither ends the evaluation."""
+    bad = tuple(f"{name}/{number}.png" for name in ("bee", "cat") for number in range(100, 140))
+    train = image_folder(tmp_path / "train", COUNTS, 0, bad=bad)
+    test = image_folder(tmp_path / "test", {"bee": 6, "cat": 4}, 1, bad=bad[:30])
+    result = judge_knn(labelled_judge(judged(World(), str(train), str(test), str(tmp_path / "index"))))
+    assert (result["train_images"], result["test_images"], result["bad_images"]) == (41, 10, 110)
+
+
 class Killed(Exception):
     """Stands for the end of the process."""
 

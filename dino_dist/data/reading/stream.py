@@ -19,8 +19,10 @@ from dino_dist.data.stores.store_errors import redacted
 from dino_dist.data.stores.store_options import StoreCounts
 from dino_dist.errors import UserError
 
-_NEAR = 16
-"""So many of the next samples of a shard are looked at one by one."""
+_NEAR, _FAR = 16, 64
+"""So many of the next samples of a shard are looked at for a stand-in, then so many all over it."""
+_GOLDEN = 40503
+"""Of 2^16 the golden section: its multiples, modulo one, lie as evenly as can be however many there are."""
 
 
 class ByteSource(Protocol):
@@ -135,12 +137,10 @@ class SampleReader:
             shard = (own_shard + number) % num_shards
             first_id, end_id = self._first_ids[shard], self._first_ids[shard + 1]
             ids = range(first_id, end_id) if self.members is None else self.members(shard)
-            if number == 0:
-                place, hops = bisect_left(ids, sample_id), _hops(len(ids))[1:]
-            else:
-                place, hops = sample_id % max(len(ids), 1), _hops(len(ids))
-            for hop in hops:
-                yield int(ids[(place + hop) % len(ids)])
+            if not len(ids):
+                continue
+            place = bisect_left(ids, sample_id) if number == 0 else sample_id % len(ids)
+            yield from (int(ids[(place + hop) % len(ids)]) for hop in _hops(len(ids)) if hop or number)
 
     def decode(self, opened: OpenedSample) -> Sample:
         """The pixels of a sample that was opened, or of the next good one if they are damaged; errors as `read`."""
@@ -215,6 +215,6 @@ class SampleReader:
 
 
 def _hops(count: int) -> list[int]:
-    """How far off to look among `count` samples: at each of the next, then, since damage has length, ever wider."""
-    doubled = (2**power * _NEAR for power in range(1, max(count // _NEAR, 1).bit_length()))
-    return [*range(min(count, _NEAR + 1)), *(hop for hop in doubled if hop < count)]
+    """How far off to look among `count` samples: at each of the next, then, since damage has length, all over them."""
+    spread = (count * (turn * _GOLDEN % 2**16) >> 16 for turn in range(1, _FAR + 1))
+    return list(dict.fromkeys((*range(min(count, _NEAR + 1)), *spread)))
