@@ -115,6 +115,21 @@ def test_the_verdict(
     assert comparison["no_worse"] is no_worse
 
 
+@pytest.mark.parametrize(("plain", "code"), [([0.80, 0.80, 0.80], 0), ([0.85, 0.84, 0.86], 1)])
+def test_a_worse_system_ends_with_another_exit_code(
+    tool: ModuleType, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: list[float], code: int
+) -> None:
+    curves = curves_of(tool, [0.80, 0.80, 0.80], plain)
+    found = {"knn_random_init": 0.1, "knn_raw_pixels": 0.7, "k": 20, "comparison": tool.compare(curves)}
+    monkeypatch.setattr(tool, "prove", lambda *_, **__: (found, curves))
+    app = typer.Typer()
+    app.command()(tool.main)
+    done = CliRunner().invoke(app, ["--dir", str(tmp_path), "--shards", str(shards), "--images", "36"])
+    assert done.exit_code == code, done.output
+    assert ("WORSE" in done.stdout) == bool(code)
+    assert json.loads((tmp_path / "result.json").read_text()) == found
+
+
 def test_without_plain_runs_there_is_no_verdict(tool: ModuleType) -> None:
     assert tool.compare(curves_of(tool, [0.8, 0.7], [])) is None
 
