@@ -152,9 +152,9 @@ class SlurmRun:
             f"step {step} in start {starts}",
         )
 
-    def wait_for_end(self, state: str = "COMPLETED") -> None:
+    def wait_for_end(self, state: str = "COMPLETED", patience_s: float = RUN_PATIENCE_S) -> None:
         """Until the job will not run again; it must be in that state."""
-        self.cluster.wait_for(self._is_over, f"end of job {self.job_id}", RUN_PATIENCE_S)
+        self.cluster.wait_for(self._is_over, f"end of job {self.job_id}", patience_s)
         assert self.state() == state
 
     def _is_over(self) -> bool:

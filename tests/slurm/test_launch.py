@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,12 @@ Compare = Callable[[Path], None]
 
 
 def test_from_submission_to_the_last_step(
-    launch: Launch, dino: Launch, small: Callable[..., list[str]], assert_undisturbed: Compare, tmp_path: Path
+    cluster: Any,
+    launch: Launch,
+    dino: Launch,
+    small: Callable[..., list[str]],
+    assert_undisturbed: Compare,
+    tmp_path: Path,
 ) -> None:
     path = tmp_path / "run"
     run = launch(path)
@@ -25,10 +31,12 @@ def test_from_submission_to_the_last_step(
     assert f"job {run.job_id}" in dino(*again).refusal()
 
     run.wait_for_step(30)
+    cluster.signal_tasks(run.job_id, signal.SIGSTOP, [0, 1])  # or it could be over before the answer
     status = json.loads(dino("status", str(path), "--json").ok().out)
     assert (status["job_id"], status["state"], status["total_steps"]) == (run.job_id, "RUNNING", 120)
     assert 30 <= status["step"] <= 120
     assert f"job {run.job_id}" in dino(*again).refusal()
+    cluster.signal_tasks(run.job_id, signal.SIGCONT, [0, 1])
 
     run.wait_for_end()
     assert_undisturbed(path)
@@ -63,7 +71,7 @@ def test_time_limit(launch: Launch, assert_undisturbed: Compare, tmp_path: Path)
     # The first start has less left than the 30 s that are kept back: it stops at its first save, however fast it is.
     waste = "test ${SLURM_RESTART_COUNT:-0} -gt 0 || sleep 28"
     run = launch(tmp_path / "run", "--time", "1", "--setup", waste)
-    run.wait_for_end()
+    run.wait_for_end(patience_s=330)  # half a minute a start: slow machines need several
     # Slurm warns up to a minute early; otherwise the run's own clock is first.
     assert_stopped_without_loss(run, {"SIGUSR2", "time limit"})
     assert_undisturbed(tmp_path / "run")
