@@ -100,7 +100,10 @@ def make_plan(config: Config, options: JobOptions, *, index_dir: Path, accept_ch
 
 @contextmanager
 def index_dir_of(run_dir: Path, *, dry_run: bool) -> Iterator[Path]:
-    """Where indexes go whose shards lie where nothing can be written: with the run, but a dry run leaves nothing."""
+    """Where indexes go whose shards lie where nothing can be written: with the run, but a dry run leaves nothing.
+
+    `data.index_dir`, where it is set, comes before this.
+    """
     if not dry_run:
         yield run_dir / "index"
         return
