@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 
-from dino_dist.errors import SaidByRankZero, StopAsked, UserError
+from dino_dist.errors import StopAsked, UserError, for_rank
 from dino_dist.network_defaults import network_defaults
 from dino_dist.polling import Poll, nothing_to_poll
 from dino_dist.rendezvous import Meeting, Met, meet
@@ -191,7 +191,7 @@ class World:
                 stop_word = asked.word
         problem, stop_word, result = self.broadcast((problem, stop_word, result))
         if problem is not None:
-            raise problem if self.is_first else SaidByRankZero(str(problem), may_pass=problem.may_pass)
+            raise for_rank(problem, is_first=self.is_first)
         if stop_word:
             raise StopAsked(stop_word)
         return cast(T, result)

@@ -17,6 +17,11 @@ class SaidByRankZero(UserError):
     """The same `UserError` on another rank: it ends with the same code, but rank 0 prints the line."""
 
 
+def for_rank(problem: UserError, *, is_first: bool) -> UserError:
+    """What each rank raises for an error that one of them has met: all of them end alike, and rank 0 says it."""
+    return (UserError if is_first else SaidByRankZero)(str(problem), may_pass=problem.may_pass)
+
+
 class RunFailed(Exception):
     """The run cannot go on, for a reason that is no fault of the program; one line, exit code 1."""
 

@@ -15,7 +15,7 @@ from dino_dist.config import Config
 from dino_dist.config_file import differences, to_yaml
 from dino_dist.data.reading.stream import BadRecord
 from dino_dist.dist import ProcessEnvironment, World
-from dino_dist.errors import NoRestartHelps, SaidByRankZero, StopAsked, Superseded, UserError
+from dino_dist.errors import NoRestartHelps, SaidByRankZero, StopAsked, Superseded, UserError, for_rank
 from dino_dist.exit_codes import BAD_INPUT, NO_RESTART_HELPS
 from dino_dist.ledger import Event, JsonLines, Ledger, read_rows
 from dino_dist.liveness import Fault
@@ -165,7 +165,7 @@ def said_by_rank_zero(world: World) -> Iterator[None]:
     except UserError as error:
         if world.is_first:
             raise
-        raise SaidByRankZero(str(error), may_pass=error.may_pass) from None
+        raise for_rank(error, is_first=False) from None
 
 
 def check_continues(folder: RunFolder, config: Config, *, accept_changes: bool) -> list[str]:

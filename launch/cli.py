@@ -219,7 +219,7 @@ def shards_check(
 
 
 def main() -> None:
-    """Entry point: 0 done, 1 crash, 2 bad input in one line, 3 stopped by a signal, all saved, 4 no restart helps."""
+    """Entry point: 0 done, 1 crash or may pass, 2 bad input, 3 stopped by a signal, all saved, 4 no restart helps."""
     sys.exit(_exit_code(app))
 
 

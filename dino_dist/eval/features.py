@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dino_dist.dist import World
-from dino_dist.errors import SaidByRankZero, StopAsked, UserError
+from dino_dist.errors import StopAsked, UserError, for_rank
 from dino_dist.polling import StopWord, go_on
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -55,8 +55,7 @@ def extract(
         if any(words):
             raise StopAsked(max(words))
         if any(problems):
-            found: UserError = next(filter(None, problems))
-            raise (UserError if world.is_first else SaidByRankZero)(str(found), may_pass=found.may_pass)
+            raise for_rank(next(filter(None, problems)), is_first=world.is_first)
         blank = next((shape for shape in shapes if shape is not None), None)
         if blank is None:
             break

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 from dino_dist.config import Config
 from dino_dist.config_file import load_config
 from dino_dist.dist import ProcessEnvironment, World, joined_world
-from dino_dist.errors import SaidByRankZero, UserError
+from dino_dist.errors import SaidByRankZero, UserError, for_rank
 from dino_dist.models.vit import VisionTransformer
 from dino_dist.run_folder import RunFolder
 from dino_dist.weights.network_weights import NetworkWeights, build_backbone
@@ -87,7 +87,7 @@ def together(world: World, action: Callable[[], T]) -> T:
         problem = error
     problems = [found for found in world.gather(problem) if found is not None]
     if problems:
-        raise (UserError if world.is_first else SaidByRankZero)(str(problems[0]), may_pass=problems[0].may_pass)
+        raise for_rank(problems[0], is_first=world.is_first)
     return cast(T, result)
 
 
