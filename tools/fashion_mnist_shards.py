@@ -9,6 +9,7 @@ torchvision's downloader fetches them. Writes DST/train and DST/test for data.tr
 from __future__ import annotations
 
 import gzip
+import os
 import sys
 import tempfile
 import zlib
@@ -69,10 +70,12 @@ def write_shards(destination: Path, source: Path | None = None, workers: int = 2
                 path = Path(pictures) / str(label) / f"{index:05d}.png"
                 path.parent.mkdir(exist_ok=True)
                 Image.fromarray(image).save(path)
+                os.utime(path, (0, 0))  # else a build that was killed would not know its pictures again
             report = build_shards(
                 pictures, destination / split, BuildOptions(samples_per_shard=2000), num_workers=workers
             )
-        print(f"{split}: {report.dataset.num_samples} images in {len(report.dataset.shards)} shards")
+        shards = len(report.dataset.shards)
+        print(f"{split}: {report.dataset.num_samples} images in {shards} shards", file=sys.stderr)
 
 
 def main(

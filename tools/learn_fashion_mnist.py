@@ -6,8 +6,9 @@
 Trains the recipe `fashion_mnist` by the command line, as a user would, and judges the teacher by k-NN: 60,000 images
 vote on 10,000, without labels in training. Beside it stand the random network and the raw pixels, and, if asked for,
 plain DINO (`plain_dino.py`) from the same weights on the same images in the same order. Writes DIR/result.json (commit,
-machine, command, hours, every figure) and DIR/curve.png. Exit 1 if the system is worse than plain DINO by more than
-two standard errors of the difference between seeds.
+machine, command, hours, every figure) and DIR/curve.png. The same command goes on after a kill, and DIR takes trainings
+of one commit only. Exit 1 if the system is worse than plain DINO: the 95 % interval of the mean difference over seeds
+(Student's) lies below 0.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ from learning_curve import Curve, draw_curves
 from plain_dino import check_plain, train_plain
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import t as student_t
 from torch import Tensor
 
 from dino_dist.build import build_network
 from dino_dist.config import Config
-from dino_dist.config_file import load_config
+from dino_dist.config_file import load_config, to_yaml
 from dino_dist.dist import World
 from dino_dist.durations import Duration
 from dino_dist.errors import UserError
@@ -46,7 +48,9 @@ from dino_dist.ledger import read_rows
 from dino_dist.run_folder import RunFolder
 from launch.local import run_ranks
 
-STANDARD_ERRORS = 2.0
+CONFIDENCE = 0.95
+OWN_KEYS = ("run.seed", "run.dir", "train.length", "eval.knn_every", "data.train", "data.eval_train", "data.eval_test")
+"""What the options of this tool say."""
 TRIAL_STEPS = 150
 """Of the training that `--minutes` is timed by."""
 LEAST_STEPS = 10
@@ -79,6 +83,8 @@ class Proof:
 def find_shards(folder: Path) -> Path:
     """The shards in `folder`, written now where there are none; complete once they have their name."""
     if not (folder / "train").is_dir():
+        if folder.exists():
+            raise UserError(f"{folder} holds no train/: give shards of fashion_mnist_shards.py, or a new name")
         unfinished = folder.with_name(folder.name + ".unfinished")
         write_shards(unfinished)
         unfinished.rename(folder)
@@ -128,26 +134,32 @@ def seconds_of_all_starts(ledger: list[dict[str, Any]]) -> float:
 
 
 def train_plainly(proof: Proof, images: int, seed: int, console: Console) -> Curve:
-    """Plain DINO from the same weights on the same images."""
+    """Plain DINO from the same weights on the same images, or what an earlier start has kept of the same training."""
     config = proof.config(images, seed, f"plain-{seed}")
+    kept = proof.folder / f"plain-{seed}.json"
+    if kept.is_file() and (found := json.loads(kept.read_text(encoding="utf-8")))["config"] == to_yaml(config):
+        curve = found["curve"]
+        return Curve(**curve | {"knn_top1": {int(images): top1 for images, top1 in curve["knn_top1"].items()}})
     started_s = time.monotonic()
     every = -(-images // proof.evaluations)
     result = train_plain(config, proof.folder / "index", every=every, say=console.print)
-    return Curve(
+    curve = Curve(
         name="plain",
         seed=seed,
         knn_top1=result.knn_top1,
         images_per_s=result.images_per_s,
         seconds=time.monotonic() - started_s,
     )
+    kept.write_text(json.dumps({"config": to_yaml(config), "curve": asdict(curve)}) + "\n", encoding="utf-8")
+    return curve
 
 
-def images_for(proof: Proof, minutes: float, console: Console) -> int:
+def images_for(proof: Proof, minutes: float, first_seed: int, console: Console) -> int:
     """How many images `minutes` are enough for, judgements included, from a short training; `UserError` if too few.
 
     A run that was begun keeps the length it began with.
     """
-    begun = RunFolder(proof.folder / "system-0").config
+    begun = RunFolder(proof.folder / f"system-{first_seed}").config
     if begun.is_file():
         length = Duration.parse(load_config(str(begun)).train.length)
         console.print(f"going on with the run that was begun: {length.amount:.0f} images")
@@ -178,11 +190,13 @@ def compare(curves: list[Curve]) -> dict[str, Any] | None:
         return None
     differences = [last["system", seed] - last["plain", seed] for seed in seeds]
     mean, error = statistics.mean(differences), statistics.stdev(differences) / len(seeds) ** 0.5
+    reach = float(student_t.ppf((1 + CONFIDENCE) / 2, len(seeds) - 1)) * error
     return {
         "system_minus_plain_points": differences,
         "mean": mean,
         "standard_error": error,
-        "no_worse": mean >= -STANDARD_ERRORS * error,
+        "interval_95": [mean - reach, mean + reach],
+        "verdict": "worse" if mean + reach < 0 else "better" if mean - reach > 0 else "no difference shown",
     }
 
 
@@ -202,6 +216,14 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def refuse_other_commits(note: Path, commit: str) -> None:
+    """`UserError` if `note`, of a folder's first start, names another commit; trainings would be told of as its own."""
+    begun = note.read_text(encoding="utf-8").strip() if note.is_file() else None
+    if begun not in (None, commit):
+        raise UserError(f"{note.parent} holds trainings of commit {begun}, this is {commit}: give another --dir")
+    note.write_text(f"{commit}\n", encoding="utf-8")
+
+
 def report(document: dict[str, Any], curves: list[Curve], console: Console) -> None:
     """A table for people."""
     table = Table("features", "images", "images/s", f"k-NN, k={document['k']}", title="Fashion-MNIST")
@@ -213,27 +235,28 @@ def report(document: dict[str, Any], curves: list[Curve], console: Console) -> N
     console.print(table)
     comparison = document["comparison"]
     if comparison is not None:
-        verdict = "no worse" if comparison["no_worse"] else "WORSE"
+        low, high = comparison["interval_95"]
         console.print(
-            f"system minus plain: {comparison['mean']:+.2f} ± {comparison['standard_error']:.2f} points "
-            f"(standard error over seeds): {verdict}"
+            f"system minus plain: {comparison['mean']:+.2f} points ({low:+.2f} to {high:+.2f}, 95 %, over seeds): "
+            f"{comparison['verdict']}"
         )
 
 
 def prove(
-    proof: Proof, console: Console, *, images: int | None, minutes: float | None, seeds: int, against_plain: bool
+    proof: Proof, console: Console, *, images: int | None, minutes: float | None, seeds: range, against_plain: bool
 ) -> tuple[dict[str, Any], list[Curve]]:
     """Run all trainings; the result document, and its curves."""
     origin = provenance()  # now: the tree may change while the trainings run
+    refuse_other_commits(proof.folder / "commit", str(origin["commit"]))
     if against_plain:
         check_plain(proof.config(1, 0, "plain-0"))
     config = proof.config(1, 0, "system-0")
     before = baselines(config, proof.folder / "index", console)
     if images is None:
         assert minutes is not None
-        images = images_for(proof, minutes, console)
+        images = images_for(proof, minutes, seeds[0], console)
     curves: list[Curve] = []
-    for seed in range(seeds):
+    for seed in seeds:
         curves.append(train_system(proof, images, seed, f"system-{seed}"))
         if against_plain:
             curves.append(train_plainly(proof, images, seed, console))
@@ -255,7 +278,8 @@ def main(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
     minutes: Annotated[float | None, typer.Option(help="Train for about so long, judgements included.")] = None,
     images: Annotated[int | None, typer.Option(help="Or: train on so many images.", min=1)] = None,
-    seeds: Annotated[int, typer.Option(help="Trainings, of seeds 0, 1, ...", min=1)] = 1,
+    seeds: Annotated[int, typer.Option(help="Trainings, of so many seeds.", min=1)] = 1,
+    first_seed: Annotated[int, typer.Option(help="The first of them.", min=0)] = 0,
     against_plain: Annotated[bool, typer.Option("--against-plain", help="Train plain DINO beside each.")] = False,
     nproc: Annotated[int, typer.Option(help="Ranks of the system; plain DINO is one process.", min=1)] = 2,
     evaluations: Annotated[int, typer.Option(help="Judgements of each training.", min=1)] = 6,
@@ -269,6 +293,9 @@ def main(
     try:
         if (minutes is None) == (images is None):
             raise UserError("give either --minutes or --images")
+        own = [word for word in overrides or () if word.split("=")[0].strip() in OWN_KEYS]
+        if own:
+            raise UserError(f"{own[0]}: this tool sets it by its options")
         if find_spec("matplotlib") is None:
             raise UserError("the picture needs matplotlib: pip install 'dino-dist[plots]'")
         folder = directory.absolute()
@@ -282,7 +309,12 @@ def main(
             evaluations=evaluations,
         )
         document, curves = prove(
-            proof, console, images=images, minutes=minutes, seeds=seeds, against_plain=against_plain
+            proof,
+            console,
+            images=images,
+            minutes=minutes,
+            seeds=range(first_seed, first_seed + seeds),
+            against_plain=against_plain,
         )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -298,7 +330,8 @@ def main(
         print(json.dumps(document))
     else:
         report(document, curves, Console())
-    raise typer.Exit(0 if document["comparison"] is None or document["comparison"]["no_worse"] else 1)
+    comparison = document["comparison"]
+    raise typer.Exit(1 if comparison is not None and comparison["verdict"] == "worse" else 0)
 
 
 if __name__ == "__main__":

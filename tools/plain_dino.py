@@ -124,6 +124,7 @@ def check_plain(config: Config) -> None:
     """Raise `UserError` for a setting that this statement leaves out."""
     augment, loss = config.augment, config.loss
     demands = {
+        "model.init_from=null": config.model.init_from is None,
         "model.drop_path=0": config.model.drop_path == 0,
         "head.num_layers=2 or more": config.head.num_layers > 1,
         "head.norm_last_layer=true": config.head.norm_last_layer,

@@ -15,6 +15,7 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
+from dino_dist.errors import UserError
 from dino_dist.run_folder import RunFolder
 
 pytest.importorskip("matplotlib")
@@ -65,6 +66,9 @@ def test_both_contenders_are_trained_and_told_of(shards: Path, tmp_path: Path) -
     assert "--against-plain" in document["command"]
     assert document["comparison"] is None, "one seed is no comparison"
     assert RunFolder(tmp_path / "system-0").config.is_file()
+    again = json.loads(run_tool("--dir", tmp_path, "--shards", shards, *budget, *SMALL).stdout)
+    for before, after in zip(document["runs"], again["runs"], strict=True):
+        assert (after["knn_top1"], after["images_per_s"]) == (before["knn_top1"], before["images_per_s"]), "not again"
     with Image.open(tmp_path / "curve.png") as picture:
         assert min(picture.size) > 400
 
@@ -75,7 +79,10 @@ def test_both_contenders_are_trained_and_told_of(shards: Path, tmp_path: Path) -
         ((), "--minutes or --images"),
         (("--images", 36, "--minutes", 1), "--minutes or --images"),
         (("--images", 36, "--against-plain", "model.drop_path=0.1"), "model.drop_path"),
+        (("--images", 36, "--against-plain", "model.init_from=a.pth"), "model.init_from=null"),
         (("--images", 36, "optim.lrr=1"), "optim.lr"),
+        (("--images", 36, "run.seed=3"), "run.seed=3: this tool sets it by its options"),
+        (("--images", 36, "--shards", TOOLS), "tools holds no train/"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -98,21 +105,31 @@ def curves_of(tool: ModuleType, system: list[float], plain: list[float]) -> list
 
 
 @pytest.mark.parametrize(
-    ("system", "plain", "mean", "error", "no_worse"),
+    ("system", "plain", "mean", "error", "verdict"),
     [
-        ([0.80, 0.82, 0.81], [0.80, 0.81, 0.79], 1.0, 3**-0.5, True),
-        ([0.80, 0.80, 0.80], [0.81, 0.82, 0.79], -2 / 3, (7 / 9) ** 0.5, True),  # within the noise
-        ([0.80, 0.80, 0.80], [0.85, 0.84, 0.86], -5.0, 3**-0.5, False),
+        ([0.80, 0.82, 0.81], [0.80, 0.81, 0.79], 1.0, 3**-0.5, "no difference shown"),
+        ([0.80, 0.80, 0.80], [0.81, 0.82, 0.79], -2 / 3, (7 / 9) ** 0.5, "no difference shown"),
+        ([0.80, 0.80, 0.80], [0.85, 0.84, 0.86], -5.0, 3**-0.5, "worse"),
+        ([0.85, 0.84, 0.86], [0.80, 0.80, 0.80], 5.0, 3**-0.5, "better"),
     ],
 )
 def test_the_verdict(
-    tool: ModuleType, system: list[float], plain: list[float], mean: float, error: float, no_worse: bool
+    tool: ModuleType, system: list[float], plain: list[float], mean: float, error: float, verdict: str
 ) -> None:
-    """Differences by hand: (0, 1, 2), (-1, -2, 1) and (-5, -4, -6) points; their standard deviations over root 3."""
+    """Differences by hand: (0, 1, 2), (-1, -2, 1), (-5, -4, -6) and (5, 4, 6) points; deviations over root 3."""
     comparison = tool.compare(curves_of(tool, system, plain))
     assert comparison["mean"] == pytest.approx(mean)
     assert comparison["standard_error"] == pytest.approx(error)
-    assert comparison["no_worse"] is no_worse
+    # Student's quantile for two degrees of freedom, from a table.
+    assert comparison["interval_95"] == pytest.approx([mean - 4.303 * error, mean + 4.303 * error], abs=1e-3)
+    assert comparison["verdict"] == verdict
+
+
+def test_a_folder_takes_trainings_of_one_commit(tool: ModuleType, tmp_path: Path) -> None:
+    tool.refuse_other_commits(tmp_path / "commit", "a1")
+    tool.refuse_other_commits(tmp_path / "commit", "a1")
+    with pytest.raises(UserError, match="holds trainings of commit a1, this is b2"):
+        tool.refuse_other_commits(tmp_path / "commit", "b2")
 
 
 @pytest.mark.parametrize(("plain", "code"), [([0.80, 0.80, 0.80], 0), ([0.85, 0.84, 0.86], 1)])
@@ -126,7 +143,7 @@ def test_a_worse_system_ends_with_another_exit_code(
     app.command()(tool.main)
     done = CliRunner().invoke(app, ["--dir", str(tmp_path), "--shards", str(shards), "--images", "36"])
     assert done.exit_code == code, done.output
-    assert ("WORSE" in done.stdout) == bool(code)
+    assert (": worse" in done.stdout) == bool(code)
     assert json.loads((tmp_path / "result.json").read_text()) == found
 
 
