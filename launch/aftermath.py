@@ -146,13 +146,15 @@ def cause(ending: Ending) -> tuple[str, str | None]:
 
 
 def idle_restarts(rows: Sequence[Mapping[str, Any]], checkpoint_step: int) -> int:
-    """How many restarts after a crash in a row began at the checkpoint that is still the newest."""
-    crashes = [row for row in rows if row["event"] == "requeue" and row.get("after_crash")]
+    """How many restarts of this job after a crash, in a row, began at the checkpoint that is still the newest."""
     count = 0
-    for row in reversed(crashes):
-        if row["step"] != checkpoint_step:
+    for row in reversed(rows):
+        if row["event"] == "stop" and "exit_code" in row:  # an end for good: of a job that was submitted before
             break
-        count += 1
+        if row["event"] == "requeue" and row.get("after_crash"):
+            if row["step"] != checkpoint_step:
+                break
+            count += 1
     return count
 
 

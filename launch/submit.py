@@ -251,7 +251,7 @@ def _refuse_live(run_dir: Path) -> None:
     try:
         job = live_job(submission)
     except slurm.SlurmError as error:
-        raise UserError(f"scontrol: {error}") from None
+        raise UserError(f"scontrol: {error}", may_pass=True) from None
     if job is not None:
         raise UserError(
             f"run.dir={run_dir} is in use: its job {submission.job_id} is {job.state}: let it end, end it with "

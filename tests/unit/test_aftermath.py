@@ -115,6 +115,11 @@ def requeues(*steps: int, crash: bool = True) -> list[dict[str, Any]]:
         (requeues(0, 5, 5, 5), 5, 3),
         (requeues(5, 0, 5), 5, 1),
         (requeues(5) + requeues(5, crash=False) + requeues(5), 5, 2),
+        # A job that gave up, or was cancelled, and was submitted again once it was mended.
+        ([*requeues(0, 0, 0), {"event": "stop", "step": 0, "exit_code": 1}], 0, 0),
+        ([*requeues(0, 0, 0), {"event": "stop", "step": 0, "exit_code": 1}, *requeues(0)], 0, 1),
+        # Slurm was ending this job, and then ran it again.
+        ([*requeues(0, 0), {"event": "stop", "step": 0}, *requeues(0)], 0, 3),
     ],
 )
 def test_only_restarts_after_a_crash_without_a_new_checkpoint_are_idle(
