@@ -1,5 +1,8 @@
 """The ways in which a command ends early on purpose; the command line turns them into exit codes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """The input is wrong: the message is one line that names the thing, its value, what is allowed and what to do.
@@ -11,6 +14,15 @@ class UserError(Exception):
     def __init__(self, message: str, *, may_pass: bool = False) -> None:
         super().__init__(message)
         self.may_pass = may_pass
+
+
+@contextmanager
+def reading(place: str) -> Iterator[None]:
+    """What the system says of a file or folder at or below `place` becomes a `UserError` that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or place}: {error.strerror or error}; see to it, or remove it") from error
 
 
 class SaidByRankZero(UserError):

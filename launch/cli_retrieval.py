@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,7 +30,9 @@ def eval_retrieval(
         typer.Option("--list", help="Queries and gallery, .json or .tsv; default: data.eval_test in data.eval_train."),
     ] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of the list's images; default: the list's own.")] = None,
-    size_px: Annotated[int, typer.Option(help="Long side to which larger images of a list are shrunk.", min=1)] = 512,
+    size_px: Annotated[
+        int | None, typer.Option(help="Long side to which larger images of a list are shrunk; default: 512.", min=1)
+    ] = None,
     single_scale: Annotated[
         bool, typer.Option("--single-scale", help="Look at each image of a list once; default: at three sizes.")
     ] = False,
@@ -44,8 +47,8 @@ def eval_retrieval(
     as_json: AsJson = False,
 ) -> None:
     """Mean average precision: by the revised Oxford and Paris protocols, of one's own list, or of labelled images."""
-    if list_file is None and (images is not None or crop_queries):
-        raise UserError("--images and --crop-queries are about a list: give it with --list")
+    if list_file is None and (images is not None or size_px is not None or single_scale or crop_queries):
+        raise UserError("--images, --size-px, --single-scale and --crop-queries are about a list: give it with --list")
 
     def judge(judged: JudgedNetwork, tell: Tell) -> dict[str, Any]:
         from dino_dist.judging.judge import labelled_judge
@@ -54,7 +57,9 @@ def eval_retrieval(
         area: Area = "steps" if steps else "trapezoids"
         if list_file is None:
             return retrieval_by_label(labelled_judge(judged, tell), area)
-        options = RetrievalOptions(size_px=size_px, multiscale=not single_scale, crop_queries=crop_queries, area=area)
+        options = RetrievalOptions(multiscale=not single_scale, crop_queries=crop_queries, area=area)
+        if size_px is not None:
+            options = replace(options, size_px=size_px)
         return retrieval_by_list(judged.backbone, list_file, images, judged.config, judged.world, options, tell)
 
     options = {

@@ -1,1 +1,1 @@
-"""What a checkpoint is worth: features, nearest neighbours, attention maps."""
+"""What a checkpoint is worth: features, and what classifiers, retrieval, copies and videos make of them."""

@@ -132,7 +132,8 @@ def knn_accuracies(
     world = world or World()
     check_labels(train_labels, "train")
     check_labels(test_labels, "test", one_class_is_fine=True)
-    check_finite(test_features, "test")  # all of them on all ranks, which would else not fail alike
+    for features, split in ((train_features, "train"), (test_features, "test")):
+        check_finite(features, split)  # all of them on all ranks, which would else not fail alike
     settings = [(wanted, heat) for heat in dict.fromkeys(temperatures) for wanted in dict.fromkeys(k)]
     mine = slice(world.rank, None, world.size)
     labels_M = test_labels.to(train_features.device)[mine]

@@ -2,7 +2,8 @@
 
 A group is all classifiers that see the same columns of the features: one a learning rate, trained together. Groups know
 nothing of each other, so they are dealt out to ranks, and a result is the same for any number of ranks. SGD with
-momentum 0.9 and no weight decay; the learning rate follows a cosine to 0 over all steps, without a warm-up.
+momentum 0.9 and no weight decay; the learning rate follows a cosine to 0 over all steps, without a warm-up (the
+published code lowers it once an epoch).
 
 Letters: N train images, M test images, n images of a step, D features of a group, C classes, R learning rates.
 """

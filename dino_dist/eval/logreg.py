@@ -100,10 +100,16 @@ def logistic_regression(
 
 def _fit(x: Floats, y: Ints, strength: float, max_iterations: int) -> tuple[LogisticRegression, bool]:
     model = LogisticRegression(C=strength, max_iter=max_iterations)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # told in the result
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         model.fit(x, y)
-    return model, bool(model.n_iter_.max() < max_iterations)
+    converged = True
+    for warning in caught:
+        if issubclass(warning.category, ConvergenceWarning):  # of the iterations or of the line search
+            converged = False  # told in the result
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return model, converged
 
 
 def _top1_top5(model: LogisticRegression, x: Floats, y: Ints) -> tuple[float, float]:

@@ -48,6 +48,14 @@ class RelevanceList:
         """Whether anything is hard: if not, the protocols easy and hard say nothing."""
         return any(HARD in codes.values() for codes in self.judged)
 
+    @property
+    def protocols(self) -> tuple[str, ...]:
+        """Those that say something: `medium`; where anything is hard `hard` too, and `easy` if anything is easy."""
+        if not self.graded:
+            return ("medium",)
+        has_easy = any(EASY in codes.values() for codes in self.judged)
+        return (*(("easy",) if has_easy else ()), "medium", "hard")
+
     def relation(self, queries: slice) -> Tensor:
         """int8 [q, N] of codes, on the CPU."""
         chosen = self.judged[queries]

@@ -20,6 +20,7 @@ from dino_dist.data.order.order import StreamIds
 class RandomCrops:
     """The random view of an image that published linear classifiers are trained on: a resized crop, and a flip.
 
+    Resized bicubically, as DINOv2's are; those of DINO are resized bilinearly.
     Draws it in the data workers, so it is small and picklable; a function of seed, epoch and sample id.
     """
 

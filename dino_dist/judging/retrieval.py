@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,10 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from dino_dist.config import Config
+from dino_dist.data.prepare.sources import walk_images
 from dino_dist.data.reading.decode import BadSample, Pixels
 from dino_dist.data.shards.image_names import is_image_name
 from dino_dist.dist import World
-from dino_dist.errors import UserError
+from dino_dist.errors import UserError, reading
 from dino_dist.eval.copy_detection import Whitening, copy_average_precision, copy_forward, originals_of
 from dino_dist.eval.relevance_list import Box, read_relevance_list
 from dino_dist.eval.retrieval import (
@@ -35,7 +37,7 @@ from dino_dist.judging.evaluator import Tell, tell_nobody
 from dino_dist.judging.judge import Judge
 from dino_dist.judging.judged_network import together
 from dino_dist.judging.listed_images import View, listed_features
-from dino_dist.models.vit import VisionTransformer
+from dino_dist.models.vit import MAX_PATCHES, VisionTransformer
 
 STRONG, ORIGINAL = "strong", "original"
 _PUBLISHED_PREFIX = 4
@@ -81,16 +83,16 @@ def retrieval_by_list(
     files = world.first(lambda: {name: _file_of(root, name) for name in {*found.queries, *found.gallery}})
     forward = retrieval_forward(network, options.scales)
     boxes = found.boxes if options.crop_queries else (None,) * len(found.queries)
-    smallest_px = int(np.ceil(network.shape.patch_size / min(options.scales)))
+    patch = network.shape.patch_size
+    least_px = int(np.ceil(patch / min(options.scales)))
 
     def features(names: Sequence[str], boxes: Sequence[Box | None], what: str) -> Tensor:
-        view = _shrunk(options.size_px, smallest_px, boxes)
+        view = _shrunk(options.size_px, least_px, MAX_PATCHES * patch**2, boxes)
         return listed_features(forward, [files[name] for name in names], view, config, world, what=what, tell=tell)
 
     gallery = features(found.gallery, (None,) * len(found.gallery), "gallery images")
     queries = features(found.queries, boxes, "queries")
-    protocols = ("easy", "medium", "hard") if found.graded else ("medium",)
-    scores = _scores(queries, gallery, found.relation, protocols, options.area, world)
+    scores = _scores(queries, gallery, found.relation, found.protocols, options.area, world)
     return {"queries": len(queries), "gallery": len(gallery)} | _figures(scores, graded=found.graded)
 
 
@@ -170,7 +172,16 @@ class _CopyPlan:
 def _plan(options: CopyOptions, patch: int) -> _CopyPlan:
     if options.size_px % patch:
         raise UserError(f"--size-px {options.size_px} must be a multiple of the patch size, {patch} px")
-    copies = _blocks(options.folder)
+    if (options.size_px // patch) ** 2 > MAX_PATCHES:
+        most_px = math.isqrt(MAX_PATCHES) * patch
+        raise UserError(f"--size-px {options.size_px} is more than {MAX_PATCHES} patches: give at most {most_px}")
+    with reading(str(options.folder)):
+        return _plan_of_files(options)
+
+
+def _plan_of_files(options: CopyOptions) -> _CopyPlan:
+    apart = [folder for folder in (options.whitening, options.distractors) if folder is not None]
+    copies = _blocks(options.folder, apart)
     originals = copies.pop(ORIGINAL)
     names = [file.name for file in originals]
     wanted = {
@@ -211,8 +222,11 @@ def _without_itself(relation: Relation, query_ids_Q: Tensor, gallery_ids_N: Tens
     return without
 
 
-def _shrunk(size_px: int, smallest_px: int, boxes: Sequence[Box | None]) -> View:
-    """Images no larger than `size_px` a side, of their own shape, perhaps cut to a box first."""
+def _shrunk(size_px: int, least_px: int, most_pixels: int, boxes: Sequence[Box | None]) -> View:
+    """Images no larger than `size_px` a side, of their own shape, perhaps cut to a box first.
+
+    `BadSample` for one whose short side is then below `least_px`, or that has more than `most_pixels`.
+    """
 
     def view(number: int, pixels: Pixels) -> Pixels:
         picture = Image.fromarray(pixels)
@@ -224,10 +238,15 @@ def _shrunk(size_px: int, smallest_px: int, boxes: Sequence[Box | None]) -> View
                 raise BadSample(f"{picture.width} x {picture.height} px, its box {box} is outside")
             picture = picture.crop(inside)
         picture.thumbnail((size_px, size_px), Image.Resampling.LANCZOS)
-        if min(picture.size) < smallest_px:
+        if min(picture.size) < least_px:
             raise BadSample(
-                f"{picture.width} x {picture.height} px to look at; the least is {smallest_px} px a side, less with "
+                f"{picture.width} x {picture.height} px to look at; the least is {least_px} px a side, less with "
                 "a single scale or a larger --size-px"
+            )
+        if picture.width * picture.height > most_pixels:
+            raise BadSample(
+                f"{picture.width} x {picture.height} px to look at, more than {MAX_PATCHES} patches; give a smaller "
+                "--size-px"
             )
         return np.array(picture)
 
@@ -249,12 +268,20 @@ def _file_of(root: Path, name: str) -> Path:
     raise UserError(f"{root / name} does not exist, nor with .jpg: give the images' folder with --images")
 
 
-def _blocks(folder: Path) -> dict[str, list[Path]]:
-    """The originals, then every folder below that holds images, the strong copies first."""
+def _blocks(folder: Path, apart: Sequence[Path]) -> dict[str, list[Path]]:
+    """The originals, then every folder below that holds images, the strong copies first.
+
+    Links to folders are followed. What lies in one of `apart` is no block: it has a part of its own.
+    """
     if not (folder / ORIGINAL).is_dir():
         raise UserError(f"{folder} has no folder {ORIGINAL}: give the folder that holds {ORIGINAL}/ and {STRONG}/")
-    folders = sorted({file.parent for file in folder.rglob("*") if _is_picture(file)})
-    names = [where.relative_to(folder).as_posix() for where in folders]
+    folders = {file.parent for file in walk_images(folder) if file.is_file()}
+    elsewhere = [part.resolve() for part in apart]
+    names = [
+        where.relative_to(folder).as_posix()
+        for where in folders
+        if where == folder / ORIGINAL or not any(where.resolve().is_relative_to(part) for part in elsewhere)
+    ]
     order = sorted(names, key=lambda name: (name != ORIGINAL, name != STRONG, name))
     if len(order) < 2 or order[0] != ORIGINAL:
         raise UserError(f"{folder} needs images in {ORIGINAL}/ and in at least one other folder, such as {STRONG}/")

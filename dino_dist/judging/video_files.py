@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dino_dist.data.shards.image_names import is_image_name, natural_order
-from dino_dist.errors import UserError
+from dino_dist.errors import UserError, reading
 
 _FRAMES, _MASKS, _SPLITS = "JPEGImages/480p", "Annotations/480p", "ImageSets/2017"
 
@@ -29,6 +29,11 @@ class Video:
 
 def chosen_videos(data: Path, masks: Path | None, *, split: str, names: Sequence[str]) -> list[Video]:
     """Those of a DAVIS folder, or the one whose frames `data` holds, with its `masks`; `UserError` if neither."""
+    with reading(str(data)):
+        return _chosen(data, masks, split, names)
+
+
+def _chosen(data: Path, masks: Path | None, split: str, names: Sequence[str]) -> list[Video]:
     if is_davis(data):
         if masks is not None:
             raise UserError(f"{data} is a DAVIS folder, which holds the masks: leave --masks out")

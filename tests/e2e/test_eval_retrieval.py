@@ -106,6 +106,7 @@ def test_wrong_input_is_one_line(cli: Command, weights: Path, tmp_path: Path) ->
         (["video", str(weights), frames], "is no DAVIS folder"),
         (["retrieval", str(weights)], "labelled images are needed"),
         (["retrieval", str(weights), "--images", frames], "give it with --list"),
+        (["retrieval", str(weights), "--size-px", "64"], "give it with --list"),
         (["retrieval", str(weights), "--list", f"{frames}/list.pkl"], "convert the published pickle"),
     ):
         assert said in cli("eval", *call).refusal()

@@ -261,23 +261,28 @@ def test_what_one_rank_cannot_read_ends_all_and_rank_zero_says_it(ranks: Callabl
     assert ranks(3, _refused) == ["UserError: a file is gone", *["SaidByRankZero: a file is gone"] * 2]
 
 
-def _not_finite(world: World) -> str:
+def _not_finite(world: World, split: str, num_test: int) -> str:
     train, train_labels = blobs(20, 4, 1)
-    test, test_labels = blobs(5, 4, 2)
-    test[4, 0] = torch.nan
+    test, test_labels = blobs(num_test, 4, 2)
+    {"train": train, "test": test}[split][-1, 0] = torch.nan
     with pytest.raises(UserError) as caught:
         knn_accuracy(train, train_labels, test, test_labels, k=[1], world=world)
     return str(caught.value)
 
 
 @pytest.mark.distributed
-def test_a_diverged_feature_in_one_ranks_share_ends_all(ranks: Callable[..., list[Any]]) -> None:
-    said = ranks(2, _not_finite)
-    assert (
-        said
-        == ["the features of 1 of 5 test images are not finite; the model has diverged, judge an earlier checkpoint"]
-        * 2
-    )
+@pytest.mark.parametrize(
+    ("split", "num_test", "where"),
+    [
+        pytest.param("test", 5, "1 of 5 test images", id="in one rank's share"),
+        pytest.param("train", 1, "1 of 20 train images", id="a rank without a share"),
+    ],
+)
+def test_a_diverged_feature_ends_all_ranks(
+    ranks: Callable[..., list[Any]], split: str, num_test: int, where: str
+) -> None:
+    said = ranks(2, _not_finite, split, num_test)
+    assert said == [f"the features of {where} are not finite; the model has diverged, judge an earlier checkpoint"] * 2
 
 
 def _interrupted(world: World) -> tuple[int, int]:

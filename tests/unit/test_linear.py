@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from dino_dist.errors import UserError
@@ -136,6 +139,27 @@ def test_logistic_regression_chooses_on_a_held_out_tenth() -> None:
     right = reference.predict(F.normalize(test, dim=1).numpy()) == test_labels.numpy()
     assert result.top1 == float(right.mean())
     assert result.top1 <= result.top5 <= 1.0
+
+
+def test_a_fit_that_has_not_converged_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, labels, test, test_labels = digit_features()
+
+    def converged(max_iterations: int) -> list[bool]:
+        result = logistic_regression(
+            train, labels, test, test_labels, strengths=[1e-6, 1e4], max_iterations=max_iterations, seed=0
+        )
+        return [one.converged for one in result.tried]
+
+    assert converged(2) == [False, False]
+    assert converged(5000) == [True, True]
+    fit = LogisticRegression.fit
+
+    def gives_up(self: LogisticRegression, *arguments: Any) -> LogisticRegression:
+        warnings.warn("ABNORMAL_TERMINATION_IN_LNSRCH", ConvergenceWarning, stacklevel=1)
+        return fit(self, *arguments)
+
+    monkeypatch.setattr(LogisticRegression, "fit", gives_up)
+    assert converged(5000) == [False, False]
 
 
 def test_logistic_regression_of_two_classes_and_what_it_refuses() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -197,6 +199,32 @@ def test_moving_objects_are_followed(tmp_path: Path) -> None:
     assert both / either > 0.5
 
 
+def _segmented(world: World, root: str, count: int) -> dict[str, Any] | str:
+    folders = [Path(root) / str(number) for number in range(count)]
+    videos = [replace(own_video(folder / "frames", folder / "masks"), name=folder.name) for folder in folders]
+    options = VideoOptions(short_px=64, rules=PropagationRules(radius=4))
+    try:
+        return segment_videos(network(), videos, Config(), world, options)
+    except UserError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("count", [1, 3])
+def test_ranks_share_videos_out(tmp_path: Path, ranks: Callable[..., list[Any]], count: int) -> None:
+    for number in range(count):
+        moving_squares(tmp_path / str(number), count=4 + number)
+    alone = _segmented(World(), str(tmp_path), count)
+    assert isinstance(alone, dict)
+    assert (alone["videos"], len(alone["objects"])) == (count, 2 * count)
+    assert ranks(2, _segmented, str(tmp_path), count) == [alone, alone]
+    damaged = tmp_path / str(count - 1) / "frames" / "00001.png"
+    damaged.write_bytes(b"no image")
+    first, second = ranks(2, _segmented, str(tmp_path), count)
+    assert first.startswith(f"UserError: {damaged} cannot be used (")
+    assert second == first.replace("UserError", "SaidByRankZero", 1)
+
+
 def test_only_the_first_mask_gives_masks_but_no_figures(tmp_path: Path) -> None:
     folder = moving_squares(tmp_path, count=3)
     (video,) = chosen_videos(folder / "frames", folder / "masks" / "00000.png", split="val", names=[])
@@ -266,3 +294,5 @@ def test_what_is_wrong_with_a_video_is_named(tmp_path: Path) -> None:
         own_video(frames, masks)
     with pytest.raises(UserError, match="is no DAVIS folder"):
         chosen_videos(frames, None, split="val", names=[])
+    with pytest.raises(UserError, match="File name too long"):
+        chosen_videos(tmp_path / ("x" * 300), None, split="val", names=[])

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dino_dist.data.prepare.sources import LIST_SUFFIXES, SourceSet, find_sources, holds_images, reading
+from dino_dist.data.prepare.sources import LIST_SUFFIXES, SourceSet, find_sources, holds_images
 from dino_dist.data.reading.decode import BadSample
 from dino_dist.data.shards.index import DatasetIndex, Shard
 from dino_dist.data.shards.shard_index import (
@@ -26,7 +26,7 @@ from dino_dist.data.shards.shard_index import (
 )
 from dino_dist.data.shards.shard_manifest import ManifestRow, dataset_hash
 from dino_dist.data.stores.store_options import StoreCounts
-from dino_dist.errors import UserError
+from dino_dist.errors import UserError, reading
 
 _MOST_BYTES = 2**32 - 1
 """An index keeps sizes in 32 bits; no limit of a config lets such a file through."""

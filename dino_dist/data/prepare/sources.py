@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -14,7 +13,7 @@ from dino_dist.data.shards.image_names import is_image_name
 from dino_dist.data.shards.shard_index import IMAGE_SUFFIXES, NO_LABEL, index_shard
 from dino_dist.data.shards.shard_list import list_shards
 from dino_dist.data.shards.tar_members import printable
-from dino_dist.errors import UserError
+from dino_dist.errors import UserError, reading
 
 LIST_SUFFIXES = (".txt", ".tsv")
 """Of text files that list images."""
@@ -64,26 +63,17 @@ def find_sources(src: str) -> SourceSet:
         return SourceSet(sources=tuple(sources), classes=classes, fingerprint=_fingerprint(sources))
 
 
-@contextmanager
-def reading(src: str) -> Iterator[None]:
-    """What the system says of a file or folder below `src` becomes a `UserError` that names it."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{error.filename or src}: {error.strerror or error}; see to it, or remove it") from error
-
-
 def holds_images(folder: Path) -> bool:
     """Whether there is an image file somewhere below a folder; looks no further than the first.
 
     `OSError` if a folder on the way cannot be read.
     """
-    return next(_walk_images(folder), None) is not None
+    return next(walk_images(folder), None) is not None
 
 
 def _from_folder(root: Path) -> tuple[list[Source], tuple[str, ...]]:
     by_class: dict[str, list[Path]] = {}
-    for file in _images_below(root):
+    for file in walk_images(root):
         parts = file.relative_to(root).parts
         by_class.setdefault(parts[0] if len(parts) > 1 else "", []).append(file)
     loose = by_class.get("", [])
@@ -102,12 +92,12 @@ def _from_folder(root: Path) -> tuple[list[Source], tuple[str, ...]]:
     return sources, classes
 
 
-def _images_below(root: Path) -> list[Path]:
-    """Image files below a folder; links to folders are followed (many data sets are farms of links), loops are not."""
-    return list(_walk_images(root))
+def walk_images(root: Path) -> Iterator[Path]:
+    """Image files below a folder; links to folders are followed (many data sets are farms of links), loops are not.
 
+    `OSError` if a folder on the way cannot be read.
+    """
 
-def _walk_images(root: Path) -> Iterator[Path]:
     def fail(error: OSError) -> NoReturn:
         raise error  # else a folder that cannot be read would be left out
 

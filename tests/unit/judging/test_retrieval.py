@@ -93,6 +93,18 @@ def test_copies_are_found_alike_on_any_number_of_ranks(
         assert found == pytest.approx(alone, abs=1e-6)
 
 
+def test_a_block_may_be_a_link_and_distractors_may_lie_beside_the_blocks(tmp_path: Path) -> None:
+    folder = copydays(tmp_path / "copydays")
+    expected = _copies(World(), str(folder), whitened=True)
+    for block in ("original", "strong"):
+        (folder / block).rename(tmp_path / block)
+        (folder / block).symlink_to(tmp_path / block)
+    for aside in ("whitening", "distractors"):
+        (tmp_path / aside).rename(folder / aside)
+    options = CopyOptions(folder=folder, whitening=folder / "whitening", distractors=folder / "distractors", size_px=32)
+    assert copy_detection(network(), CONFIG, World(), options) == expected
+
+
 def test_the_view_of_copies_is_torchvisions(tmp_path: Path) -> None:
     painted(np.random.default_rng(1), 50, 37).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes())
@@ -152,7 +164,7 @@ def landmarks(folder: Path) -> Path:
 
 
 def _by_list(world: World, file: str, images: str | None, **options: Any) -> dict[str, Any]:
-    chosen = RetrievalOptions(size_px=64, **options)
+    chosen = RetrievalOptions(**{"size_px": 64} | options)
     return retrieval_by_list(network(), Path(file), images and Path(images), CONFIG, world, chosen)  # type: ignore
 
 
@@ -181,9 +193,18 @@ def test_a_list_without_grades_has_one_figure(tmp_path: Path) -> None:
     assert [key for key in found if key.startswith("map")] == ["map"]
 
 
-def _refused(world: World, file: str) -> str:
+def test_a_list_in_which_nothing_is_easy_has_the_other_figures(tmp_path: Path) -> None:
+    folder = landmarks(tmp_path / "landmarks")
+    text = (folder / "list.tsv").read_text().replace("\teasy", "\tjunk")
+    (folder / "hard.tsv").write_text(text)
+    found = _by_list(World(), str(folder / "hard.tsv"), None)
+    assert [key for key in found if key.startswith("map")] == ["map_medium", "map_hard"]
+    assert found["map_medium"] == found["map_hard"]
+
+
+def _refused(world: World, file: str, **options: Any) -> str:
     with pytest.raises(UserError) as caught:
-        _by_list(world, file, None)
+        _by_list(world, file, None, **options)
     return f"{type(caught.value).__name__}: {caught.value}"
 
 
@@ -207,6 +228,11 @@ def test_what_is_wrong_with_files_is_named(tmp_path: Path) -> None:
     assert "view_1_0.jpg does not exist" in _refused(World(), str(folder / "list.tsv"))
     (folder / "long.tsv").write_text(f"query\t{'x' * 5000}\tgroup\ngallery\tjpg/view_0_0.jpg\tgroup\n")
     assert "does not exist" in _refused(World(), str(folder / "long.tsv"))
+    huge = Image.new("RGB", (2000, 1100))
+    huge.save(folder / "jpg" / "view_1_0.jpg")
+    assert "2000 x 1100 px to look at, more than 131072 patches" in _refused(
+        World(), str(folder / "list.tsv"), size_px=2000
+    )
     copies = copydays(tmp_path / "copydays")
 
     def refused(**options: Any) -> str:
@@ -215,6 +241,9 @@ def test_what_is_wrong_with_files_is_named(tmp_path: Path) -> None:
         return str(caught.value)
 
     assert "must be a multiple of the patch size" in refused(size_px=30)
+    assert "--size-px 1452 is more than 131072 patches: give at most 1448" in refused(size_px=1452)
+    assert "File name too long" in refused(folder=copies / ("x" * 300))
+    assert "File name too long" in refused(whitening=copies / ("x" * 300))
     assert "no folder original" in refused(folder=copies / "strong")
     assert "is no folder" in refused(whitening=tmp_path / "absent")
     diverged = network()
