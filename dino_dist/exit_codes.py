@@ -16,3 +16,5 @@ NO_RESTART_HELPS: Final = 4
 """The run failed in a way that the same command would repeat."""
 INTERRUPTED: Final = 130
 """Somebody wants an end, and there was nothing to save."""
+TERMINATED: Final = 143
+"""The same by SIGTERM, of a command that tidies up before it ends."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from dino_dist.exit_codes import TERMINATED
 from launch.results import AsJson, print_result, say_notes
 
 export_app = typer.Typer()
@@ -35,6 +38,8 @@ def export(
     """
     from dino_dist.export.exporter import ExportRequest, export_network
 
+    # By itself SIGTERM ends a process at once, which would leave a half-written export beside `out`.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     request = ExportRequest(
         source=checkpoint,
         to=to,

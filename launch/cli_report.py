@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dino_dist.errors import UserError
+from dino_dist.errors import UserError, reading
 from launch.results import AsJson, print_result
 
 if TYPE_CHECKING:
@@ -32,10 +32,11 @@ def report(
     from launch.submission import Submission
 
     run_dir = run.absolute()
-    if not run_dir.is_dir():
-        raise UserError(f"no run folder {run}: give the run.dir of a run")
-    submission = Submission.read(run_dir)
-    progress = progress_of(RunFolder(run_dir))
+    with reading(str(run)):
+        if not run_dir.is_dir():
+            raise UserError(f"no run folder {run}: give the run.dir of a run")
+        submission = Submission.read(run_dir)
+        progress = progress_of(RunFolder(run_dir))
     if submission is None and progress.state == "NEW" and not (run_dir / "config.yaml").exists():
         raise UserError(f"{run} holds no run (neither config.yaml nor attempts/): give the run.dir of a run")
     written = write_report(run_dir, out or run_dir / "report.html", _standing(progress, submission))

@@ -239,7 +239,7 @@ def _spread(values: Sequence[float]) -> Spread:
 
 def table(report: DataReport) -> None:
     """Print the report for a person."""
-    console, facts = Console(), Table("", "", title=report.spec, show_header=False)
+    console, facts = Console(markup=False, highlight=False), Table("", "", title=report.spec, show_header=False)
     for name, value in _facts(report):
         facts.add_row(name, value)
     console.print(facts)
@@ -252,17 +252,16 @@ def table(report: DataReport) -> None:
         cores = (str(row.decode_cores), str(row.render_cores))
         rows.add_row(row.demand.model, rate, row.demand.basis, *cores, f"{row.gpus_fed:.2g}")
     console.print(rows)
-    console.print("Cores are for the data of one GPU alone; its training process takes one more.", highlight=False)
+    console.print("Cores are for the data of one GPU alone; its training process takes one more.")
     if any(row.demand.basis == "estimate" for row in report.cores_per_gpu):
         console.print(
             f"Estimates: images/s = {report.gpu.peak_tflops:g} TFLOP/s x {report.gpu.utilization:.0%} / operations an "
-            "image; --images-per-s takes what you have measured.",
-            highlight=False,
+            "image; --images-per-s takes what you have measured."
         )
     for record in report.bad:
-        console.print(f"bad: {record.shard} {record.key}: {record.reason}", highlight=False, markup=False)
+        console.print(f"bad: {record.shard} {record.key}: {record.reason}")
     for line in report.advice:
-        console.print(f"advice: {line}", highlight=False, markup=False)
+        console.print(f"advice: {line}")
 
 
 def _facts(report: DataReport) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dino_dist.errors import UserError
@@ -64,7 +65,7 @@ def table(findings: list[Finding]) -> None:
     rows = Table("", "what", "detail")
     marks = {True: "[green]ok[/green]", False: "[yellow]no[/yellow]", None: ""}
     for finding in findings:
-        rows.add_row(marks[finding["works"]], finding["what"], finding["detail"])
+        rows.add_row(marks[finding["works"]], escape(finding["what"]), escape(finding["detail"]))  # n[0-1] is no markup
     Console().print(rows)
 
 

@@ -32,7 +32,7 @@ _NUM_TEST = 360
 def run_quickstart(directory: Path, *, nproc: int) -> dict[str, Any]:
     """Build the shards, train, evaluate; the summary, also in `directory/summary.json`."""
     started_s = time.monotonic()
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     directory = directory.absolute()
     train_shards, eval_shards = build_digit_shards(directory / "shards")
     overrides = [

@@ -17,8 +17,7 @@ Overrides = Annotated[
 
 def say(line: str) -> None:
     """One line on stderr, whatever it quotes: a name in a file may hold line breaks and commands to a terminal."""
-    text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
-    print(text, file=sys.stderr)
+    print(_printable(line), file=sys.stderr)
 
 
 def say_notes(notes: Iterable[str]) -> None:
@@ -28,14 +27,20 @@ def say_notes(notes: Iterable[str]) -> None:
 
 
 def print_result(result: dict[str, Any], as_json: bool) -> None:
-    """One row a key; nested values as they are."""
+    """One row a key, text as it is: what looks like markup in a name is none."""
     if as_json:
         print(json.dumps(result))
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
+    from rich.text import Text
 
-    table = Table(show_header=False)
+    table = Table(Column(overflow="fold"), Column(overflow="fold"), show_header=False)  # a path is shown to its end
     for key, value in result.items():
-        table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value))
+        lines = (f"{value:.4f}" if isinstance(value, float) else str(value)).split("\n")
+        table.add_row(Text(_printable(key)), Text("\n".join(map(_printable, lines))))
     Console().print(table)
+
+
+def _printable(line: str) -> str:
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Literal
 import torch.nn.functional as F
 
 from dino_dist.data.reading.decode import BadSample, open_image
-from dino_dist.errors import UserError
+from dino_dist.errors import UserError, reading
 from dino_dist.pictures.draw import Tile, enlarged, sheet, to_image
 from dino_dist.pictures.masks import MaskScores, find_mask, summarise
 from dino_dist.pictures.media import Medium, find_media, read_image, shown
@@ -20,7 +21,7 @@ from dino_dist.pictures.observer import Observer, open_observer
 from dino_dist.pictures.output import new_folder, writing
 from dino_dist.pictures.patch_colors import PatchColors, PatchSample
 from dino_dist.pictures.picture_results import Look, look_at_image, mask_scores, overview_row, write_look
-from dino_dist.pictures.video import FrameFolder, VideoFile, open_video
+from dino_dist.pictures.video import open_video
 from dino_dist.pictures.video_results import write_video, write_video_colors
 
 Progress = Callable[[str, int | None], Callable[[], None]]
@@ -62,18 +63,18 @@ def _no_progress(what: str, total: int | None) -> Callable[[], None]:
 def attend(request: AttentionRequest, progress: Progress = _no_progress) -> dict[str, Any]:
     """Do it; the summary, which is also written as `summary.json`, last. `UserError` for anything wrong with it."""
     media = find_media(request.media, frames=request.frames)
-    _check(request, media)
+    with reading(str(request.masks)):
+        _check(request, media)
     observer = open_observer(
         request.checkpoint, network=request.network, size_px=request.size_px, device=request.device
     )
-    _check_chosen_images(media, observer)
-    videos = {medium.name: open_video(medium, observer.rules) for medium in media if medium.kind != "image"}
+    _check_chosen(media, observer)
     gallery = None if request.neighbors is None else _open_gallery(request.neighbors, observer, progress)
     out = new_folder(request.out)
     with writing(out):
         session = _Session(request, observer, out, gallery, progress)
         session.images([medium for medium in media if medium.kind == "image"])
-        session.videos([medium for medium in media if medium.kind != "image"], videos)
+        session.videos([medium for medium in media if medium.kind != "image"])
         summary = session.summary()
         (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return summary
@@ -101,19 +102,23 @@ def _open_gallery(spec: str, observer: Observer, progress: Progress) -> Gallery:
         raise UserError(f"--neighbors {shown(spec)} cannot be read ({error.strerror}): look at its files") from None
 
 
-def _check_chosen_images(media: Sequence[Medium], observer: Observer) -> None:
+def _check_chosen(media: Sequence[Medium], observer: Observer) -> None:
     """By their headers, so that a slip of the hand is told before anything is written."""
-    header_rules = replace(observer.rules, exif_transpose=False)
     for medium in media:
-        if medium.kind != "image" or not medium.chosen:
-            continue
-        try:
-            opened = open_image(medium.path.read_bytes(), header_rules)
-            observer.seen_size((opened.height, opened.width))
-        except (BadSample, OSError):
-            read_image(medium.path, observer.rules)  # which says what is wrong
-        except UserError as error:
-            raise UserError(f"{shown(medium.path)}: {error}") from None
+        if medium.chosen and medium.kind == "image":
+            _check_chosen_image(medium, observer)
+        elif medium.chosen:
+            open_video(medium, observer.rules)
+
+
+def _check_chosen_image(medium: Medium, observer: Observer) -> None:
+    try:
+        opened = open_image(medium.path.read_bytes(), replace(observer.rules, exif_transpose=False))
+        observer.seen_size((opened.height, opened.width))
+    except (BadSample, OSError):
+        read_image(medium.path, observer.rules)  # which says what is wrong
+    except UserError as error:
+        raise UserError(f"{shown(medium.path)}: {error}") from None
 
 
 class _Session:
@@ -140,10 +145,7 @@ class _Session:
         request = self._request
         done = self._progress("looking at images", len(media))
         good = [medium for medium in media if self._image(medium, done)]
-        if not good:
-            first = self._left_out[0]
-            raise UserError(f"none of {len(media)} images can be looked at; the first: {first['why']}")
-        if self._sample is not None:
+        if self._sample is not None and good:
             self._color_images(good, self._sample.fit(request.pca_foreground))
         for name, rows in (
             ("overview", self._overview),
@@ -153,30 +155,22 @@ class _Session:
             if rows:
                 sheet(rows).save(self._out / f"{name}.png")
 
-    def videos(self, media: Sequence[Medium], opened: dict[str, FrameFolder | VideoFile]) -> None:
+    def videos(self, media: Sequence[Medium]) -> None:
         """Each by itself; the colours of a video are its own."""
-        request, observer = self._request, self._observer
         for medium in media:
-            folder, video = self._out / medium.name, opened[medium.name]
-            sample = None if self._sample is None else PatchSample()
-            said = write_video(
-                folder,
-                medium,
-                video,
-                observer,
-                mass=request.mass,
-                smooth=request.smooth,
-                sample=sample,
-                done=self._progress(f"looking at {medium.name}", None),
-            )
-            if sample is not None:
-                colors = sample.fit(request.pca_foreground)
-                done = self._progress(f"coloring {medium.name}", said["frames"])
-                write_video_colors(folder, medium, video, observer, colors, done)
-            self._looked.append({"file": str(medium.path), "kind": medium.kind, "folder": medium.name, **said})
+            try:
+                said = self._video(medium)
+            except UserError as error:
+                self._leave_out(medium, error)
+                shutil.rmtree(self._out / medium.name, ignore_errors=True)  # of a video that breaks off
+            else:
+                self._looked.append({"file": str(medium.path), "kind": medium.kind, "folder": medium.name, **said})
 
     def summary(self) -> dict[str, Any]:
-        """What was done; sizes in px."""
+        """What was done; sizes in px. `UserError` if nothing could be looked at."""
+        if not self._looked:
+            first = self._left_out[0]
+            raise UserError(f"none of {len(self._left_out)} pictures can be looked at; the first: {first['why']}")
         weights = self._observer.weights
         resized = sum(
             (row["width_px"], row["height_px"]) != (row["seen_width_px"], row["seen_height_px"]) for row in self._looked
@@ -205,9 +199,7 @@ class _Session:
         try:
             look = look_at_image(self._observer, medium)
         except UserError as error:
-            if medium.chosen:
-                raise
-            self._left_out.append({"file": str(medium.path), "why": str(error)})
+            self._leave_out(medium, error)
             return False
         folder = self._out / medium.name
         write_look(folder, look, mass=request.mass, smooth=request.smooth)
@@ -223,6 +215,32 @@ class _Session:
         self._looked.append(row)
         done()
         return True
+
+    def _video(self, medium: Medium) -> dict[str, Any]:
+        request, observer, folder = self._request, self._observer, self._out / medium.name
+        video = open_video(medium, observer.rules)
+        sample = None if self._sample is None else PatchSample()
+        said = write_video(
+            folder,
+            medium,
+            video,
+            observer,
+            mass=request.mass,
+            smooth=request.smooth,
+            sample=sample,
+            done=self._progress(f"looking at {medium.name}", None),
+        )
+        if sample is not None:
+            colors = sample.fit(request.pca_foreground)
+            done = self._progress(f"coloring {medium.name}", said["frames"])
+            write_video_colors(folder, medium, video, observer, colors, done)
+        return said
+
+    def _leave_out(self, medium: Medium, error: UserError) -> None:
+        """`error` itself if the user named this very file."""
+        if medium.chosen:
+            raise error
+        self._left_out.append({"file": str(medium.path), "why": str(error)})
 
     def _score(self, look: Look, masks: Path) -> dict[str, Any]:
         scores = mask_scores(look, masks, self._observer, mass=self._request.mass)

@@ -86,7 +86,8 @@ def find_mask(folder: Path, medium: Medium) -> Path | None:
 
 
 def read_mask(path: Path, size_px: tuple[int, int], rules: DecodeRules) -> Truth:
-    """What is not 0 (black) is object; of a palette's colour numbers, 255 is neither object nor background.
+    """What is not 0 (black) is object, also among numbers of 16 bits; of a palette's, 255 is neither object nor
+    background.
 
     `size_px`: height and width of the picture. `UserError` if the file is no image or has another size.
     """
@@ -98,10 +99,11 @@ def read_mask(path: Path, size_px: tuple[int, int], rules: DecodeRules) -> Truth
             "a mask must have the picture's size"
         )
     with Image.open(path) as image:
-        numbers = np.array(image) if image.mode == "P" else None
-    if numbers is not None:
-        return Truth(object_HW=~np.isin(numbers, (0, _VOID)), counts_HW=~np.isin(numbers, (_VOID,)))
-    return Truth(object_HW=np.greater(colors.max(axis=2), 0), counts_HW=np.ones(size_px, dtype=np.bool_))
+        # As 8 bits of grey, numbers up to 128 of 65535 would be black.
+        one_number_a_pixel = len(image.getbands()) == 1
+        values = np.array(image) if one_number_a_pixel else colors.max(axis=2)
+        counts_HW = values != _VOID if image.mode == "P" else np.ones(size_px, dtype=np.bool_)
+    return Truth(object_HW=(values != 0) & counts_HW, counts_HW=counts_HW)
 
 
 @dataclass(frozen=True, kw_only=True)

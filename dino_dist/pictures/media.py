@@ -14,7 +14,7 @@ from dino_dist.data.reading.decode import BadSample, DecodeRules, Pixels, decode
 from dino_dist.data.shards.image_names import is_image_name, natural_order
 from dino_dist.data.shards.shard_index import IMAGE_SUFFIXES
 from dino_dist.data.shards.tar_members import printable
-from dino_dist.errors import UserError
+from dino_dist.errors import UserError, reading
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif"})
 _MAX_NAME = 60  # letters of up to 4 bytes: file systems allow 255 bytes
@@ -54,7 +54,8 @@ def find_media(paths: Sequence[Path], *, frames: bool = False) -> tuple[Medium, 
 
 def frame_files(folder: Path) -> tuple[Path, ...]:
     """The images of a folder as frames: 2.png before 10.png. `UserError` if there are none."""
-    files = [entry for entry in folder.iterdir() if entry.is_file() and is_image_name(entry.name)]
+    with reading(str(folder)):
+        files = [entry for entry in folder.iterdir() if entry.is_file() and is_image_name(entry.name)]
     if not files:
         raise UserError(f"{shown(folder)} holds no images to be frames: {_allowed()}")
     return tuple(sorted(files, key=lambda file: natural_order(file.name)))

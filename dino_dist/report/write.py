@@ -63,6 +63,6 @@ def _replace(out: Path, content: bytes) -> None:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, out)
-    except OSError:
+    except BaseException:  # Ctrl-C too
         os.unlink(temporary)
         raise

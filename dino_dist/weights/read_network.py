@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dino_dist.errors import UserError
+from dino_dist.errors import UserError, reading
 from dino_dist.manifest import VerifiedCheckpoint
 from dino_dist.weights.model_folder import SAFETENSORS, SAFETENSORS_INDEX, TORCH, is_model_folder
 from dino_dist.weights.network_weights import NetworkWeights
@@ -39,6 +39,11 @@ def open_weights(source: str | Path, options: ReadOptions) -> OpenedWeights:
         gone = isinstance(error, FileNotFoundError)
         why = "does not exist" if gone else f"cannot be read ({getattr(error, 'strerror', None) or error})"
         raise UserError(f"{path} {why}: give a run folder, one of its checkpoints, or a file of weights") from None
+    with reading(str(path)):
+        return _opened(path, options)
+
+
+def _opened(path: Path, options: ReadOptions) -> OpenedWeights:
     if path.is_file():
         return open_weights_file(path, options)
     if is_run_folder(path):

@@ -64,8 +64,8 @@ def _allowed() -> list[Any]:
     return [
         argparse.Namespace,
         # A path is a word: making one touches no disk.
-        pathlib.PosixPath,
-        (pathlib.PosixPath, "pathlib._local.PosixPath"),
+        (pathlib.PosixPath, "pathlib.PosixPath"),
+        (pathlib.PosixPath, "pathlib._local.PosixPath"),  # as Python 3.13 calls it
         np.dtype,
         *{type(np.dtype(code)) for code in numbers},
         # numpy 2 moved the function; files keep the name of their day.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,47 @@ def test_names_do_not_collide_and_people_get_a_table(
     assert "one.png: 47 x 33 px, looked at as 40 x 32 px" in table
 
 
+def test_names_are_shown_as_they_are_and_command_no_terminal(
+    cli: Callable[..., Any], network: Path, photos: Path, tmp_path: Path
+) -> None:
+    """What Rich takes for markup, what no encoding takes, and what a terminal would obey."""
+    picture = (photos / "one.png").read_bytes()
+    for name in (b"cat [final].png", b"x[:smile:].png", b"caf\xe9.png", b"\x1b[31mred.png"):
+        (photos / os.fsdecode(name)).write_bytes(picture)
+    (photos / "bad[").mkdir()
+    (photos / "bad[/y].png").write_bytes(b"no picture")
+    result = cli("attention", str(network), str(photos), "--out", str(tmp_path / "out [v2]"))
+    assert result.code == 0, result.err
+    table = re.sub(r"[\s│]", "", result.out)
+    for shown in (
+        "cat[final].png:",
+        "x[:smile:].png:",
+        "caf\\udce9.png:",
+        "\\x1b[31mred.png:",
+        "bad[/y].png",
+        "out[v2]",
+    ):
+        assert shown in table
+    assert "\x1b" not in result.out
+
+
+def test_a_bad_video_in_a_folder_is_left_out(
+    cli: Callable[..., Any], network: Path, photos: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("av", reason="PyAV is not installed (extra: video)")
+    frames = [Image.fromarray(np.full((32, 32, 3), 20 * number, dtype=np.uint8)) for number in range(12)]
+    frames[0].save(photos / "good.gif", save_all=True, append_images=frames[1:])
+    (photos / "bad.mp4").write_bytes(b"no video")
+    Image.new("RGB", (4, 4)).save(photos / "small.gif")  # which only its first frame tells
+    result = cli("attention", str(network), str(photos), "--out", str(tmp_path / "out"), "--json")
+    assert result.code == 0, result.err
+    summary = result.json()
+    assert (summary["images"], summary["videos"]) == (3, 1)
+    assert {Path(row["file"]).name for row in summary["left_out"]} == {"bad.mp4", "small.gif"}
+    made = {entry.name for entry in (tmp_path / "out").iterdir() if entry.is_dir()}
+    assert made == {row["folder"] for row in summary["looked_at"]}
+
+
 def test_a_video_and_a_folder_of_frames(cli: Callable[..., Any], network: Path, tmp_path: Path) -> None:
     av = pytest.importorskip("av", reason="PyAV is not installed (extra: video)")
     video, frames = tmp_path / "clip.mp4", tmp_path / "clip"
@@ -153,13 +195,14 @@ def test_a_video_and_a_folder_of_frames(cli: Callable[..., Any], network: Path, 
         (["gone.png"], ["gone.png does not exist"]),
         (["empty"], ["empty holds nothing to look at"]),
         (["empty", "--frames"], ["empty holds no images to be frames"]),
-        (["only_bad"], ["none of 1 images", "bad.png"]),
+        (["only_bad"], ["none of 1 pictures", "bad.png"]),
         (["bad.mp4"], ["bad.mp4 cannot be decoded as a video"]),
         (["one.png", "--mass", "0"], ["--mass 0", "above 0"]),
         (["one.png", "--pca-foreground", "1.5"], ["--pca-foreground 1.5"]),
         (["one.png", "--size-px", "3"], ["--size-px 3", "at least 8"]),
         (["one.png", "--network", "pupil"], ["pupil"]),
         (["one.png", "--masks", "gone"], ["--masks", "gone is no folder"]),
+        (["one.png", "--masks", "gone" + 300 * "x"], ["File name too long"]),
         (["one.png", "--masks", "empty"], ["--masks", "no mask for any of 1 images"]),
         (["one.png", "--masks", "other"], ["one.png is 2 x 2 px, its picture 90 x 60"]),
         (["one.png", "--neighbors", "empty"], ["empty holds no images"]),
@@ -178,7 +221,7 @@ def test_refusals(
         (photos / name).write_bytes(b"no picture")
     whole = (photos / "one.png").read_bytes()
     (photos / "cut.png").write_bytes(whole[: len(whole) // 2])
-    named = [str(photos / word) if (photos / word).exists() or "gone" in word else word for word in arguments]
+    named = [str(photos / word) if "gone" in word or (photos / word).exists() else word for word in arguments]
     if "bad.mp4" in arguments:
         pytest.importorskip("av", reason="PyAV is not installed (extra: video)")
     line = cli("attention", str(network), *named, "--out", str(tmp_path / "out")).refusal()

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
+import os
 import shutil
+import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +16,17 @@ import pytest
 import torch
 
 from dino_dist.errors import UserError
+from dino_dist.exit_codes import TERMINATED
+from dino_dist.export import exporter
 from dino_dist.weights.network_weights import build_backbone
 from dino_dist.weights.read_network import open_weights, read_network
 from dino_dist.weights.weights_file import ReadOptions
+from launch.cli import _exit_code, app
 
 pytestmark = pytest.mark.e2e
+
+FORK = multiprocessing.get_context("fork")
+PATIENCE_S = 60.0
 
 
 @pytest.fixture
@@ -113,6 +123,27 @@ def test_where_nothing_can_be_written(cli: Callable[..., Any], run: Path, tmp_pa
         assert name in said
     assert (tmp_path / "file.safetensors").read_text() == (tmp_path / "folder" / "mine").read_text() == "mine"
     assert {path.name for path in tmp_path.iterdir()} == {"run", "file.safetensors", "folder", "dangling.pth"}
+
+
+def _export_that_writes_for_long(run: Path, out: Path, writes: Connection) -> None:
+    def write(weights: object, path: Path, **_: object) -> None:
+        path.write_bytes(b"the first of many")
+        writes.send(True)
+        time.sleep(PATIENCE_S)
+
+    exporter.write_safetensors = write  # type: ignore[assignment]
+    os._exit(_exit_code(lambda: app(["export", str(run), "--to", "safetensors", "--out", str(out)])))
+
+
+def test_an_export_that_is_stopped_leaves_nothing(run: Path, tmp_path: Path) -> None:
+    ours, theirs = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=_export_that_writes_for_long, args=(run, tmp_path / "out.safetensors", theirs))
+    process.start()
+    assert ours.poll(PATIENCE_S)
+    process.terminate()
+    process.join(PATIENCE_S)
+    assert process.exitcode == TERMINATED
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_checkpoint_stays_sound(cli: Callable[..., Any], run: Path) -> None:

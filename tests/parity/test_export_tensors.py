@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from dino_dist.errors import RunFailed, UserError
-from dino_dist.export import timm_folder
+from dino_dist.export import exporter, timm_folder
 from dino_dist.export.exporter import ExportRequest, export_network
-from dino_dist.weights.network_weights import build_backbone
+from dino_dist.weights.network_weights import NetworkWeights, build_backbone
 from dino_dist.weights.read_network import read_network
 
 timm = pytest.importorskip("timm")
@@ -156,6 +158,40 @@ def test_nothing_appears_that_does_not_give_the_same_features(tmp_path: Path, mo
     with pytest.raises(RunFailed, match=r"nothing was exported: timm \S+ gives features with a relative difference"):
         export_network(ExportRequest(source=tmp_path / "one.pth", to="timm", out=tmp_path / "timm"))
     assert [path.name for path in tmp_path.iterdir()] == ["one.pth"]
+
+
+@pytest.mark.parametrize("name", ["last_layer.weight_v", "mlp.0.bias", "center"])
+@pytest.mark.parametrize(("to", "suffix"), [("torch", "pth"), ("safetensors", "safetensors")])
+def test_nothing_appears_that_is_not_read_back_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, suffix: str, name: str
+) -> None:
+    """One value of the head or the center, of which no feature tells, is written as its neighbour in fp32."""
+    for writer in ("write_dino", "write_safetensors"):
+        monkeypatch.setattr(exporter, writer, _with_another_bit(getattr(exporter, writer), name))
+    source = original_checkpoint(tmp_path / "in.pth")
+    request = ExportRequest(source=source, to=to, out=tmp_path / f"out.{suffix}", with_head=True)
+    with pytest.raises(RunFailed, match=rf"nothing was exported: (head\.)?{re.escape(name)} is not read back"):
+        export_network(request)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.pth"]
+
+
+def _with_another_bit(write, name):  # type: ignore[no-untyped-def]
+    def changed(tensor: Tensor) -> Tensor:
+        other = tensor.clone()
+        other.view(-1)[0] = torch.nextafter(other.view(-1)[0], torch.tensor(torch.inf))
+        return other
+
+    def one(weights: NetworkWeights) -> NetworkWeights:
+        if name == "center":
+            assert weights.center_1K is not None
+            return replace(weights, center_1K=changed(weights.center_1K))
+        return replace(weights, head={**weights.head, name: changed(weights.head[name])})
+
+    def wrong(weights, *arguments, **options):  # type: ignore[no-untyped-def]
+        weights = one(weights) if isinstance(weights, NetworkWeights) else [one(each) for each in weights]
+        write(weights, *arguments, **options)
+
+    return wrong
 
 
 def _with_other_heads(config):  # type: ignore[no-untyped-def]

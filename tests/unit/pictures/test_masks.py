@@ -103,6 +103,12 @@ def test_mask_files(tmp_path: Path) -> None:
     read = read_mask(tmp_path / "grey.png", (2, 2), RULES)
     assert read.object_HW.tolist() == [[False, True], [True, True]]
     assert read.counts_HW.all()
+    for dtype, suffix in ((np.uint16, "png"), (np.uint16, "tif"), (np.int32, "tif")):
+        of_16_bits = tmp_path / f"{np.dtype(dtype)}.{suffix}"
+        Image.fromarray(np.array([[0, 1], [128, 40000]], dtype=dtype)).save(of_16_bits)
+        read = read_mask(of_16_bits, (2, 2), RULES)
+        assert read.object_HW.tolist() == [[False, True], [True, True]]
+        assert read.counts_HW.all()
     with pytest.raises(UserError, match="2 x 2 px, its picture 3 x 2"):
         read_mask(tmp_path / "grey.png", (2, 3), RULES)
     (tmp_path / "bad.png").write_bytes(b"no picture")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import random
 from collections import OrderedDict
@@ -75,6 +76,16 @@ def test_what_published_checkpoints_keep_beside_tensors_is_read(zipped: bool, tm
     read = read_torch_file(tmp_path / "a.pth")
     assert read["args"] == arguments
     assert torch.equal(read["student"]["weight"], torch.arange(3.0))
+
+
+def test_what_cannot_be_looked_into_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking a path whether it is a file fails where its folder may not be entered."""
+
+    def is_file(self: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    assert "Permission denied" in refusal(tmp_path)
 
 
 def test_the_allow_list_is_no_longer_in_force_afterwards(tmp_path: Path) -> None:
