@@ -13,8 +13,9 @@ from torch import Tensor
 from dino_dist.alarms import CollapseWatch
 from dino_dist.config import Config
 from dino_dist.dist import World
-from dino_dist.eval.attention_maps import cls_attention_maps, to_unit_range
+from dino_dist.eval.attention_maps import cls_attention_maps
 from dino_dist.eval.features import LabelledFeatures
+from dino_dist.eval.projector import THUMBNAIL_PX
 from dino_dist.judging.evaluator import Evaluator
 from dino_dist.ledger import JsonLines
 from dino_dist.metrics import MetricsWriter
@@ -24,6 +25,8 @@ from dino_dist.schedules import Schedules
 from dino_dist.step import DinoStep, Views
 
 Row = Mapping[str, float | int | None]
+_PROJECTED = 1000
+"""Points in the projector at most."""
 
 
 @contextmanager
@@ -39,7 +42,10 @@ class Monitor:
     def __init__(
         self, config: Config, world: World, session: RunSession, schedules: Schedules, *, every_pictures: int
     ) -> None:
-        warmups = (schedules.lr.warmup_steps, schedules.freeze_last_layer_steps)
+        warmups = (
+            *(schedules.lr.warmup_steps, schedules.teacher_temp.warmup_steps),
+            schedules.freeze_last_layer_steps,
+        )
         self.watch = CollapseWatch(num_prototypes=config.head.num_prototypes, warmup_steps=max(warmups))
         self._config = config
         self._world = world
@@ -101,15 +107,13 @@ class Monitor:
         self._writer.attention(step, images, maps, mean=self._config.data.mean, std=self._config.data.std)
 
     def embedding(self, step: int, features: LabelledFeatures, evaluator: Evaluator) -> None:
-        """The test features of the last evaluation in TensorBoard's projector."""
+        """Test features of the last evaluation in TensorBoard's projector; a collective, as all ranks read pictures."""
         assert self._writer is not None
-        ids = features.ids_N[torch.linspace(0, len(features.ids_N) - 1, min(1000, len(features.ids_N))).long()]
-        if self._world.is_first:
-            images = to_unit_range(
-                evaluator.images(ids.tolist()), mean=self._config.data.mean, std=self._config.data.std
-            )
-            rows = torch.searchsorted(features.ids_N, ids)
-            self._writer.embedding(step, features.features_ND[rows], features.labels_N[rows], images)
+        if not self._config.metrics.tensorboard:
+            return
+        rows = torch.linspace(0, len(features.ids_N) - 1, min(_PROJECTED, len(features.ids_N))).long()
+        images = evaluator.thumbnails(features.ids_N[rows].tolist(), THUMBNAIL_PX)
+        self._writer.embedding(step, features.features_ND[rows], features.labels_N[rows], images)
 
     def profile(self, step: int, start: int | None) -> None:
         """Trace the steps `start + 1 .. start + metrics.profile_steps` on rank 0 into the run folder."""

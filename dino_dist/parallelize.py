@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -93,9 +94,24 @@ def shard(
             group = blocks[start : start + blocks_per_group]
             fully_shard(group, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         fully_shard(network.head, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=True if is_teacher else None)
+    fully_shard(
+        network,
+        mesh=mesh,
+        mp_policy=policy,
+        reshard_after_forward=True if is_teacher else None,
+        shard_placement_fn=partial(_placement, shards=mesh.shape[-1]),
+    )
     for method in ("features", "last_attention"):
         register_fsdp_forward_method(network, method)
+
+
+def _placement(parameter: nn.Parameter, *, shards: int) -> Shard | None:
+    """Class token and positions are split by width, if it divides evenly; None: by the first dimension.
+
+    Theirs is 1: split by it, one rank holds all, and FSDP pads the other ranks' shares of a gather to the same size.
+    """
+    even = parameter.shape[-1] % shards == 0
+    return Shard(parameter.ndim - 1) if parameter.shape[0] == 1 and shards > 1 and even else None
 
 
 def replicate_with_ddp(network: DinoNetwork, world: World) -> nn.Module:
@@ -107,6 +123,12 @@ def replicate_with_ddp(network: DinoNetwork, world: World) -> nn.Module:
     if world.size == 1:
         return network
     return DistributedDataParallel(network, find_unused_parameters=True)
+
+
+def forget_forwards(network: nn.Module) -> None:
+    """Drop what FSDP notes of each forward for a backward: of a network that has none, the notes would pile up."""
+    if isinstance(network, FSDPModule):
+        network.reset_iter_state()
 
 
 @contextmanager

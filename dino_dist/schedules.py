@@ -55,6 +55,12 @@ class TeacherTemperature:
     images_per_stage: int
     batch_size: int
 
+    @property
+    def warmup_steps(self) -> int:
+        """Steps before the last stage is over; 0 where nothing rises."""
+        rises = self.start != self.final
+        return math.ceil(self.num_stages * self.images_per_stage / self.batch_size) if rises else 0
+
     def at(self, step: int) -> float:
         """The value at `step`, counted from 0."""
         stage = step * self.batch_size // self.images_per_stage

@@ -1,4 +1,7 @@
-"""One step of DINO: the paper's algorithm 1 over ranks, micro-batches and shards, without waiting for the device."""
+"""One step of DINO: the paper's algorithm 1 over ranks, micro-batches and shards, without waiting for the device.
+
+But for oss on CUDA: fairscale's optimizer waits for the device when it hands the new weights round.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from dino_dist.dist import World
 from dino_dist.health import PrototypeUsage
 from dino_dist.losses import dino_loss
 from dino_dist.optim import ShardedParameters, apply_settings, build_optimizer, clip_, optimizer_tensors, squared_norms
-from dino_dist.parallelize import gradients_synchronised, num_replicas
+from dino_dist.parallelize import forget_forwards, gradients_synchronised, num_replicas
 from dino_dist.schedules import StepSettings
 from dino_dist.student_teacher import StudentTeacher
 
@@ -104,6 +107,7 @@ class DinoStep:
         for index, render in enumerate(micro_batches):
             with gradients_synchronised(self.networks.student_call, index == len(micro_batches) - 1):
                 parts.append(self._forward_backward(render(), settings.teacher_temp))
+        forget_forwards(self.networks.teacher)
         means_2K = self._world.all_reduce_sum_(self.centering.take_sums()) / (2 * self._batch_size)
         with torch.no_grad():
             gradients = self.parameters.load_gradients()

@@ -68,15 +68,19 @@ class StudentTeacher:
 
     @torch.no_grad()
     def take_first_replica(self) -> None:
-        """Every replica takes replica 0's teacher; averaging equal floats would change them."""
+        """Every replica takes replica 0's weights; averaging equal floats would change them.
+
+        The student's too: a teacher that drifts may follow a student that differs. The optimizer's moments stay: under
+        equal gradients they forget a difference by themselves, and what it does until then is seen at the next check.
+        """
         group = self._replicate_group()
         if group is not None:
-            for shard in self._pairs[0]:
+            for shard in (*self._pairs[0], *self._pairs[1]):
                 dist.broadcast(shard, group=group, group_src=0)
 
     def mesh_groups(self) -> list[dist.ProcessGroup]:
-        """The process groups of the mesh's axes, besides that of all ranks."""
-        if self.mesh is None or self.mesh.ndim == 1:
+        """The process groups of the mesh's axes; one of all ranks may be the world's own or another."""
+        if self.mesh is None:
             return []
         return [self.mesh.get_group(axis) for axis in range(self.mesh.ndim)]
 

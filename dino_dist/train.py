@@ -261,7 +261,7 @@ def teacher_drift(run: Run) -> float | None:
     if value != 0.0:
         run.step.networks.take_first_replica()
         run.session.ledger_row(
-            "fault", run.steps_done, f"replicas' teachers differed by {value:g}: all took replica 0's"
+            "fault", run.steps_done, f"replicas' teachers differed by {value:g}: all took replica 0's weights"
         )
     return value
 
@@ -286,7 +286,8 @@ def evaluate(run: Run) -> dict[str, float]:
         row[f"knn_top1_k{k}"] = accuracy.top1
     row["knn_top1"] = best.top1
     run.monitor.row(run.steps_done, row)
-    run.monitor.embedding(run.steps_done, features, run.evaluator)
+    with run.meter.paused():
+        run.monitor.embedding(run.steps_done, features, run.evaluator)
     return {key: float(value) for key, value in row.items() if value is not None}
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-_THUMBNAIL_PX = 32
+THUMBNAIL_PX = 32
 
 
 def write_projector(
@@ -43,7 +43,7 @@ def write_projector(
     if images is not None:
         thumbnails_sheet(images).save(folder / "sprite.png")
         entry.sprite.image_path = str(folder.relative_to(logdir) / "sprite.png")
-        entry.sprite.single_image_dim.extend([_THUMBNAIL_PX, _THUMBNAIL_PX])
+        entry.sprite.single_image_dim.extend([THUMBNAIL_PX, THUMBNAIL_PX])
     visualize_embeddings(str(logdir), config)
     for old in root.iterdir():
         if old != folder:
@@ -55,9 +55,9 @@ def thumbnails_sheet(images: Tensor) -> Image.Image:
     """Images [N, 3, h, w] in [0, 1] as the square sheet of square thumbnails that the projector cuts up, row by row."""
     side = math.ceil(math.sqrt(len(images)))
     small = F.interpolate(
-        images.detach().float().cpu(), size=(_THUMBNAIL_PX, _THUMBNAIL_PX), mode="bilinear", antialias=True
+        images.detach().float().cpu(), size=(THUMBNAIL_PX, THUMBNAIL_PX), mode="bilinear", antialias=True
     )
-    padded = torch.cat([small, small.new_zeros(side * side - len(small), 3, _THUMBNAIL_PX, _THUMBNAIL_PX)])
+    padded = torch.cat([small, small.new_zeros(side * side - len(small), 3, THUMBNAIL_PX, THUMBNAIL_PX)])
     sheet = make_grid(padded, nrow=side, padding=0)
     return Image.fromarray(sheet.mul(255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
 

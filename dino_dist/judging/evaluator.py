@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dino_dist.config import Config
@@ -19,10 +20,12 @@ from dino_dist.data.order.order import Order
 from dino_dist.data.reading.stream import BadRecord, SampleReader
 from dino_dist.dist import World
 from dino_dist.errors import StopAsked
+from dino_dist.eval.attention_maps import to_unit_range
 from dino_dist.eval.features import LabelledFeatures, extract
 from dino_dist.eval.knn import KnnAccuracy, knn_accuracy
 from dino_dist.inputs import labelled_sets, sample_reader
 from dino_dist.judging.classifier_crops import RandomCrops
+from dino_dist.judging.judged_network import together
 from dino_dist.models.dino import DinoNetwork
 from dino_dist.models.vit import VisionTransformer
 from dino_dist.polling import StopWord, go_on
@@ -67,7 +70,7 @@ class Evaluator:
         stop_word: StopWord = go_on,
         tell: Tell = tell_nobody,
     ) -> None:
-        """`UserError` if `data.eval_train` and `data.eval_test` are not both given and readable.
+        """`UserError` if `data.eval_train` and `data.eval_test`, which must be given, cannot be read.
 
         `stop_word`: asked before each batch; once it is not 0 on a rank, `StopAsked` ends the evaluation on all.
         `tell`: of how many images this rank and, as far as it knows, the others have read.
@@ -133,9 +136,30 @@ class Evaluator:
         if self._stop_word():
             raise StopAsked(self._stop_word())
 
-    def images(self, sample_ids: list[int]) -> Tensor:
-        """Some test images as evaluation sees them: normalised [n, 3, C, C] on the device."""
-        return fixed_images(self._readers["test"], sample_ids, self._config, self._world.device)
+    def thumbnails(self, sample_ids: list[int], size_px: int) -> Tensor:
+        """Test images as evaluation sees them, small: [n, 3, size_px, size_px] in [0, 1] on the CPU, on all ranks.
+
+        A collective: each rank reads a share, some at a time, since photographs are large and stores are slow.
+        """
+        mine = sample_ids[self._world.rank :: self._world.size]
+        share = together(self._world, partial(self._thumbnails, mine, size_px))
+        images = torch.empty(len(sample_ids), 3, size_px, size_px)
+        for rank, part in enumerate(self._world.gather(share)):
+            images[rank :: self._world.size] = part
+        return images
+
+    def _thumbnails(self, sample_ids: list[int], size_px: int) -> Tensor:
+        config, size = self._config, (size_px, size_px)
+        parts = [torch.empty(0, 3, *size)]
+        for start in range(0, len(sample_ids), config.eval.batch_size):
+            some = sample_ids[start : start + config.eval.batch_size]
+            images = to_unit_range(
+                fixed_images(self._readers["test"], some, config, self._world.device),
+                mean=config.data.mean,
+                std=config.data.std,
+            )
+            parts.append(F.interpolate(images, size=size, mode="bilinear", antialias=True))
+        return torch.cat(parts)
 
     def _batches(
         self, split: str, view: Callable[[Batch], Tensor], describe: Describe | None

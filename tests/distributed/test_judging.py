@@ -17,6 +17,7 @@ from dino_dist.config_file import load_config
 from dino_dist.dist import World
 from dino_dist.errors import UserError
 from dino_dist.eval.knn import knn_accuracies
+from dino_dist.judging.evaluator import Evaluator
 from dino_dist.judging.judge import judge_knn, judge_logreg, labelled_judge
 from dino_dist.judging.judged_network import JudgedNetwork
 from dino_dist.judging.linear_probe import judge_linear
@@ -94,6 +95,46 @@ def test_two_ranks_judge_folders_of_images_as_one(ranks: Callable[..., list[Any]
     assert len(alone[1]["results"]) == 8
     for answer in ranks(2, judge_all, *arguments, str(tmp_path / "two")):
         assert answer == alone
+
+
+def thumbnails(world: World, test: str, index_dir: str, ids: list[int]) -> Any:
+    network = judged(world, test, test, index_dir, "eval.batch_size=2")
+    return Evaluator(network.config, world, Path(index_dir)).thumbnails(ids, 8).numpy()
+
+
+def test_ranks_share_out_the_pictures_of_the_projector(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    test = image_folder(tmp_path / "test", COUNTS, 0)
+    arguments = (str(test), str(tmp_path / "index"), [40, 3, 7, 0, 12])
+    alone = thumbnails(World(), *arguments)
+    assert alone.shape == (5, 3, 8, 8)
+    means = alone.mean((1, 2, 3))
+    assert means[0] > means[4], "cats are brighter than ants"
+    for size in (2, 7):  # more ranks than pictures
+        for found in ranks(size, thumbnails, *arguments):
+            np.testing.assert_array_equal(found, alone)
+
+
+def test_labels_may_have_gaps_and_test_classes_may_be_new(tmp_path: Path) -> None:
+    """The same images under numbers that leave gaps, one of them for a class that only the test images have."""
+    train = image_folder(tmp_path / "train", COUNTS, 0)
+    test = image_folder(tmp_path / "test", {"ant": 5, "bee": 6, "cat": 4, "dog": 2}, 1)
+
+    def listed(folder: Path, numbers: dict[str, int]) -> str:
+        files = [(file, number) for name, number in numbers.items() for file in sorted((folder / name).iterdir())]
+        path = tmp_path / f"{folder.name}.tsv"
+        path.write_text("".join(f"{file}\t{number}\n" for file, number in files))
+        return str(path)
+
+    index = str(tmp_path / "index")
+    by_folder = judge_all(World(), str(train), str(test), index, str(tmp_path / "one"))
+    numbers = {"ant": 3, "bee": 5, "cat": 70000}
+    test_numbers = {**numbers, "dog": 4}
+    by_list = judge_all(World(), listed(train, numbers), listed(test, test_numbers), index, str(tmp_path / "two"))
+    for kind in range(3):
+        assert by_list[kind]["results"] == by_folder[kind]["results"]
+    tops = [score["top1"] for score in by_list[1]["results"]]
+    assert 0 < max(tops) <= 15 / 17, "a class that training lacks is always missed"
+    assert by_list[2]["logreg_top1"] == by_folder[2]["logreg_top1"] <= 15 / 17
 
 
 def test_damage_of_any_length_is_left_out_and_counted(tmp_path: Path) -> None:

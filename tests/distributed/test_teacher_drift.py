@@ -40,16 +40,18 @@ def small_config(strategy: str, replicate: int) -> Config:
 def fault(world: World, strategy: str, replicate: int) -> dict[str, Any]:
     networks = build_step(small_config(strategy, replicate), world, "sdpa").networks
     before = networks.teacher_drift()
-    weight = local_shard(networks.teacher.get_parameter("backbone.blocks.1.mlp.fc1.weight").detach())
-    if world.rank == world.size - 1 and weight.numel():
-        weight[0, 0] += 0.25  # a bit flips on the last rank
+    name = "backbone.blocks.1.mlp.fc1.weight"
+    for network in (networks.teacher, networks.student):  # the teacher's, perhaps, because of the student's
+        weight = local_shard(network.get_parameter(name).detach())
+        if world.rank == world.size - 1 and weight.numel():
+            weight[0, 0] += 0.25  # a bit flips on the last rank
     after = networks.teacher_drift()
     networks.take_first_replica()
     repaired = networks.teacher_drift()
-    whole = networks.teacher.get_parameter("backbone.blocks.1.mlp.fc1.weight").detach()
+    whole = [network.get_parameter(name).detach() for network in (networks.teacher, networks.student)]
     return {
         "drift": [None if d is None else d.item() for d in (before, after, repaired)],
-        "weight": (whole.full_tensor() if isinstance(whole, DTensor) else whole).numpy(),
+        "weights": [(one.full_tensor() if isinstance(one, DTensor) else one).numpy() for one in whole],
     }
 
 
@@ -59,7 +61,8 @@ def test_a_flipped_bit_is_measured_and_replica_zero_wins(ranks: Any, size: int, 
     weight = expected.get_parameter("backbone.blocks.1.mlp.fc1.weight").detach().numpy()
     for result in ranks(size, fault, strategy, replicate):
         assert result["drift"] == [0.0, pytest.approx(0.25, abs=1e-6), 0.0]
-        np.testing.assert_array_equal(result["weight"], weight)
+        for found in result["weights"]:  # both begin with the same
+            np.testing.assert_array_equal(found, weight)
 
 
 def test_one_copy_cannot_drift(ranks: Any) -> None:

@@ -65,6 +65,16 @@ def test_the_temperature_moves_once_an_epoch(warmup_epochs: int, stages: list[fl
     np.testing.assert_allclose(ours, expected, rtol=1e-14)
 
 
+@pytest.mark.parametrize(("length", "steps"), [("0ep", 0), ("2ep", 7), ("4st", 4)])
+def test_the_warmup_of_the_temperature_in_steps(length: str, steps: int) -> None:
+    """17 images, 5 a step: two epochs are over within step 6."""
+    config = replace(config_of(), train=TrainSection(length="9ep", batch_size=5))
+    config = replace(config, loss=replace(config.loss, warmup_teacher_temp_length=length))
+    assert build_schedules(config, 17).teacher_temp.warmup_steps == steps
+    flat = replace(config, loss=replace(config.loss, warmup_teacher_temp=0.07))
+    assert build_schedules(flat, 17).teacher_temp.warmup_steps == 0
+
+
 def test_a_temperature_warmup_in_steps_moves_every_step() -> None:
     config = config_of()
     config = replace(config, loss=replace(config.loss, warmup_teacher_temp_length="4st"))
