@@ -50,6 +50,7 @@ def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
 @pytest.mark.e2e
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.timeout(400)
 def test_both_contenders_are_trained_and_told_of(shards: Path, tmp_path: Path) -> None:
     budget = ("--images", 36, "--evaluations", 3, "--nproc", 1, "--against-plain", "--json")
     done = run_tool("--dir", tmp_path, "--shards", shards, *budget, *SMALL)
