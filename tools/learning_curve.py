@@ -33,7 +33,7 @@ STYLES = {"system": ("#1f6feb", "-", "o"), "plain": ("#d1571b", "--", "s")}
 def draw_curves(
     curves: Sequence[Curve], path: Path, *, start: float | None = None, levels: Mapping[str, float] | None = None
 ) -> None:
-    """Write a PNG: every curve, that of seed 0 from `start` (its k-NN at 0 images), and a dotted line a level."""
+    """Write a PNG: every curve, from `start` (k-NN of a random network), and a dotted line a level."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -43,7 +43,7 @@ def draw_curves(
     for name, (color, line, marker) in STYLES.items():
         of_name = [curve for curve in curves if curve.name == name]
         for curve in of_name:
-            points = ({0: start} if start is not None and curve.seed == 0 else {}) | curve.knn_top1
+            points = ({} if start is None else {0: start}) | curve.knn_top1
             seeds = ", ".join(str(each.seed) for each in of_name)
             label = f"{name}, seed {seeds}" if curve is of_name[0] else None
             seen = sorted(points)
