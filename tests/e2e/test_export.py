@@ -6,7 +6,7 @@ import importlib.util
 import multiprocessing
 import os
 import shutil
-import time
+import signal
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -129,7 +129,7 @@ def _export_that_writes_for_long(run: Path, out: Path, writes: Connection) -> No
     def write(weights: object, path: Path, **_: object) -> None:
         path.write_bytes(b"the first of many")
         writes.send(True)
-        time.sleep(PATIENCE_S)
+        signal.pause()
 
     exporter.write_safetensors = write  # type: ignore[assignment]
     os._exit(_exit_code(lambda: app(["export", str(run), "--to", "safetensors", "--out", str(out)])))
